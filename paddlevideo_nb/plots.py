@@ -4,17 +4,19 @@
 __all__ = ['COLORS', 'GRAY', 'quiet', 'Picture', 'new_figure', 'show_clip', 'plot_scores', 'prediction_figure', 'learning_curves',
            'claim_plot', 'block_diagram', 'save_figure']
 
-# %% ../nbs/system/plots.ipynb #42b21590
+# %% ../nbs/system/plots.ipynb #73184430
+import base64
 import io
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .core import PvnbError, atomic_path
 
-# %% ../nbs/system/plots.ipynb #3c067135
+# %% ../nbs/system/plots.ipynb #1ca775b5
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito, 2008
 GRAY = "#777777"
 _STYLE = {
@@ -29,23 +31,28 @@ def quiet():
     return matplotlib.rc_context(_STYLE)
 
 class Picture(Figure):
-    "A matplotlib Figure that shows itself in a notebook, in the style of `quiet` and in at most 150 kB."
-    def _repr_png_(self):
-        return _png(self)
+    "A matplotlib Figure that shows itself in a notebook, in at most 150 kB."
+    def _ipython_display_(self):
+        from IPython.display import display
+        display({"image/png": base64.b64encode(_png(self)).decode(), "text/plain": repr(self)}, raw=True)
 
 def new_figure(width, height):
     "An empty `Picture` of this size in inches, laid out so that labels do not overlap."
     return Picture(figsize=(width, height), layout="constrained")
 
+# %% ../nbs/system/plots.ipynb #cf52cb92
 def _png(fig, limit=150_000, dpi=90):
-    "The figure as PNG bytes, at most `limit` of them, or None: `dpi` is lowered until they fit."
+    "The figure as PNG bytes, at most `limit` of them, or None where even 20 dpi are too big. Fewer colours are tried first, then fewer pixels."
     while dpi >= 20:
-        data = io.BytesIO()
+        full, few = io.BytesIO(), io.BytesIO()
         with quiet():
-            fig.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
-        if data.tell() <= limit:
-            return data.getvalue()
-        dpi = int(min(dpi * .9, dpi * (limit / data.tell()) ** .5))
+            fig.savefig(full, format="png", dpi=dpi, metadata={"Software": None})
+        if full.tell() <= limit:
+            return full.getvalue()
+        Image.open(full).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(few, "png", optimize=True)
+        if few.tell() <= limit:
+            return few.getvalue()
+        dpi = int(min(dpi * .9, dpi * (limit / few.tell()) ** .5))
 
 def _check_frames(frames):
     frames = np.asarray(frames)
@@ -53,7 +60,7 @@ def _check_frames(frames):
         raise PvnbError(f"frames have shape {list(frames.shape)}, expected [T, H, W, 3] with T of at least 1")
     return frames if frames.dtype == np.uint8 else np.clip(frames, 0, 1)
 
-# %% ../nbs/system/plots.ipynb #7feeb272
+# %% ../nbs/system/plots.ipynb #d2d6072e
 def _strip(ax, frames, n, times=None):
     "Draw `n` frames, evenly spread, side by side on `ax`; tell their times below."
     pick = np.unique(np.linspace(0, len(frames) - 1, min(n, len(frames))).round().astype(int))
@@ -70,7 +77,8 @@ def _strip(ax, frames, n, times=None):
 def show_clip(frames, n=8, title=None, times=None):
     """A film strip: `n` evenly spread frames of a clip, side by side. Returns the Figure.
 
-    `frames`: `[T, H, W, 3]`, uint8 or float in 0..1. `times`: seconds of each of the T frames; frame numbers are shown otherwise. Raises `PvnbError` for another shape.
+    `frames`: `[T, H, W, 3]`, uint8 or float in 0..1. `times`: seconds of each of the T frames; frame numbers are shown otherwise.
+    Raises `PvnbError` for another shape.
     """
     frames = _check_frames(frames)
     with quiet():
@@ -82,7 +90,7 @@ def show_clip(frames, n=8, title=None, times=None):
         if title: ax.set_title(title)
     return fig
 
-# %% ../nbs/system/plots.ipynb #bde37fbd
+# %% ../nbs/system/plots.ipynb #3cbdb1f0
 def _bars(ax, names, scores, k, label):
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 1 or len(names) != len(scores) or not len(scores):
@@ -92,7 +100,7 @@ def _bars(ax, names, scores, k, label):
     for row, i in enumerate(best):
         ax.annotate(f"{scores[i]:.3f}", (max(scores[i], 0), row), (3, 0), textcoords="offset points", va="center", fontsize=8)
     ax.set(yticks=range(len(best)), yticklabels=[_short(names[i]) for i in best], xlabel=label, ylabel="class", ylim=(len(best) - .4, -.6))
-    if 0 <= scores.min() and scores.max() <= 1: ax.set_xlim(0, 1.12)
+    if 0 <= scores.min() and scores.max() <= 1: ax.set(xlim=(0, 1.1), xticks=np.arange(0, 1.1, .2))
 
 def _short(name, limit=32):
     name = str(name).replace("$", r"\$")  # a dollar sign would start a formula
@@ -110,11 +118,12 @@ def plot_scores(names, scores, k=5, title=None, label="probability"):
         if title: ax.set_title(title)
     return fig
 
-# %% ../nbs/system/plots.ipynb #733024f9
+# %% ../nbs/system/plots.ipynb #a6e4e1ea
 def prediction_figure(frames, names, scores, times=None, title=None, k=5, n=8, label="probability"):
     """The frames that a network was given, above the bars of its `k` best scores. Returns the Figure.
 
-    `frames`: `[T, H, W, 3]`, uint8 or float in 0..1; at most `n` are shown. `names`, `scores`: `[classes]`. `times`: `[T]` seconds in the video.
+    `frames`: `[T, H, W, 3]`, uint8 or float in 0..1; at most `n` are shown. `names`, `scores`: `[classes]`. `times`: `[T]` seconds in
+    the video.
     """
     frames = _check_frames(frames)
     shown = min(n, len(frames))
@@ -128,33 +137,34 @@ def prediction_figure(frames, names, scores, times=None, title=None, k=5, n=8, l
         if title: fig.suptitle(_short(title, 90), fontsize=10)
     return fig
 
-# %% ../nbs/system/plots.ipynb #24ee28e9
+# %% ../nbs/system/plots.ipynb #a93a2e22
 def _panel_of(key):
     return "loss" if "loss" in key else "learning rate" if key in ("lr", "learning_rate") else "metric"
 
 def learning_curves(history, title=None, smooth=0):
     """Curves of training. Returns the Figure.
 
-    `history`: a list of dicts with `step` or `epoch` and numbers under any other names, not all in each dict. `smooth`: 0..1, weight of the past in a moving average of losses
+    `history`: a list of dicts, all with `step` or all with `epoch`, and numbers under any other names, not all in each dict. `smooth`:
+    0..1, weight of the past in a moving average of losses
     (the raw curve stays, pale). Raises `PvnbError` where there is nothing to draw.
     """
-    at = next((k for k in ("step", "epoch") if any(k in row for row in history)), None)
+    at = next((k for k in ("step", "epoch") if history and all(k in row for row in history)), None)
     keys = [k for k in dict.fromkeys(k for row in history for k, v in row.items() if isinstance(v, (int, float, np.number))) if k not in ("step", "epoch")]
     if at is None or not keys:
-        raise PvnbError("history has nothing to draw: expected dicts with 'step' or 'epoch', and numbers such as 'loss'")
+        raise PvnbError("history has nothing to draw: expected dicts that all have 'step' (or all 'epoch'), and numbers such as 'loss'")
     panels = list(dict.fromkeys(sorted(map(_panel_of, keys), key=("loss", "metric", "learning rate").index)))
     with quiet():
         fig = new_figure(3.6 * len(panels) + .4, 2.6)
         for panel, ax in zip(panels, fig.subplots(1, len(panels), squeeze=False)[0], strict=True):
-            for color, key in zip(COLORS * 9, [k for k in keys if _panel_of(k) == panel]):
-                _curve(ax, *zip(*[(row[at], row[key]) for row in history if key in row and at in row]), key, color, smooth if panel == "loss" else 0)
+            for color, key in zip(COLORS * 9, [k for k in keys if _panel_of(k) == panel], strict=False):
+                points = np.array([(row[at], row[key]) for row in history if key in row], dtype=float)
+                _curve(ax, points[:, 0], points[:, 1], key, color, smooth if panel == "loss" else 0)
             ax.set(xlabel=at, ylabel=panel)
             ax.legend()
         if title: fig.suptitle(title, fontsize=10)
     return fig
 
 def _curve(ax, x, y, name, color, smooth):
-    y = np.asarray(y, dtype=float)
     if smooth:
         ax.plot(x, y, color=color, alpha=.25, lw=1)
         mean, weight = 0.0, 0.0
@@ -163,18 +173,19 @@ def _curve(ax, x, y, name, color, smooth):
             y[i] = mean / weight
     ax.plot(x, y, color=color, label=name, marker="o" if len(y) < 25 else None, ms=3)
 
-# %% ../nbs/system/plots.ipynb #9d33c709
+# %% ../nbs/system/plots.ipynb #32432178
 def claim_plot(groups, chance=None, target=None, label="accuracy", title=None):
     """The runs of each method as points, with their mean. Returns the Figure.
 
-    `groups`: {method: values, one per seed}. `chance`, `target`: heights of a dotted and a dashed line. Raises `PvnbError` for a method without a run.
+    `groups`: {method: values, one per seed}. `chance`, `target`: heights of a dotted and a dashed line. Raises `PvnbError` for a method
+    without a run.
     """
     if not groups or any(not np.size(v) for v in groups.values()):
         raise PvnbError("claim_plot needs at least one method, and at least one value for each")
     with quiet():
         fig = new_figure(max(3.4, 1.5 * len(groups) + 1.2), 2.9)
         ax = fig.subplots()
-        for i, (color, values) in enumerate(zip(COLORS * 9, groups.values())):
+        for i, (color, values) in enumerate(zip(COLORS * 9, groups.values(), strict=False)):
             values = np.atleast_1d(np.asarray(values, dtype=float))
             ax.plot(i + np.linspace(-.12, .12, len(values)) * (len(values) > 1), values, "o", color=color, ms=5, alpha=.75)
             ax.hlines(values.mean(), i - .26, i + .26, color=color, lw=2)
@@ -186,12 +197,14 @@ def claim_plot(groups, chance=None, target=None, label="accuracy", title=None):
         if title: ax.set_title(title)
     return fig
 
-# %% ../nbs/system/plots.ipynb #3dba695a
+# %% ../nbs/system/plots.ipynb #e1445f1b
 def block_diagram(boxes, arrows, size=None, title=None):
     """Boxes on a grid and arrows between them. Returns the Figure.
 
-    `boxes`: {key: (column, row, text)} or {key: (column, row, text, color number)}; fractions of a grid step are allowed, rows go downward; `\\n` breaks lines.
-    `arrows`: (from key, to key) or (from key, to key, text). `size`: (width, height) of the figure in inches. Raises `PvnbError` for an arrow to an unknown key.
+    `boxes`: {key: (column, row, text)} or {key: (column, row, text, color number)}; fractions of a grid step are allowed, rows go
+    downward; `\\n` breaks lines.
+    `arrows`: (from key, to key) or (from key, to key, text). `size`: (width, height) of the figure in inches. Raises `PvnbError` for an
+    arrow to an unknown key.
     """
     if missing := [k for arrow in arrows for k in arrow[:2] if k not in boxes]:
         raise PvnbError(f"block_diagram: an arrow names {missing[0]!r}, which is not a box; boxes: {', '.join(map(str, boxes))}")
@@ -207,7 +220,7 @@ def block_diagram(boxes, arrows, size=None, title=None):
         if title: ax.set_title(title)
     return fig
 
-# %% ../nbs/system/plots.ipynb #01c04a60
+# %% ../nbs/system/plots.ipynb #c978871f
 def _box(ax, column, row, text, color=0):
     from matplotlib.patches import FancyBboxPatch
     box = FancyBboxPatch((column - .36, row - .28), .72, .56, boxstyle="round,pad=0,rounding_size=.06", mutation_aspect=1.4,
@@ -218,17 +231,18 @@ def _box(ax, column, row, text, color=0):
 
 def _arrow(ax, start, end, text=""):
     (x0, y0), (x1, y1) = start, end
-    level = abs(x1 - x0) * .56 >= abs(y1 - y0) * .72 - 1e-9  # leave by the side that faces the other box
+    level = abs(x1 - x0) > .8  # side by side: leave sideways; else upward or downward
     a = (x0 + .36 * np.sign(x1 - x0), y0) if level else (x0, y0 + .28 * np.sign(y1 - y0))
     b = (x1 - .36 * np.sign(x1 - x0), y1) if level else (x1, y1 - .28 * np.sign(y1 - y0))
     ax.annotate("", b, a, arrowprops={"arrowstyle": "-|>", "color": GRAY, "shrinkA": 1, "shrinkB": 1})
     if text: ax.annotate(text, ((a[0] + b[0]) / 2, (a[1] + b[1]) / 2), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=7, color=GRAY)
 
-# %% ../nbs/system/plots.ipynb #6ff60760
+# %% ../nbs/system/plots.ipynb #627b7455
 def save_figure(fig, path, limit=150_000, dpi=150):
     """Write a matplotlib Figure to `path` as a PNG of at most `limit` bytes, whole or not at all. Returns the Path.
 
-    Starts at `dpi` and lowers it until the file fits. Raises `PvnbError` for a suffix other than .png, and where even 20 dpi are too big.
+    Starts at `dpi`; a file that is too big is reduced to 256 colours, then drawn at lower resolutions. Raises `PvnbError` for a suffix
+    other than .png, and where even 20 dpi are too big.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".png":

@@ -5,7 +5,7 @@ __all__ = ['SPLITS', 'STAGE', 'FRAMES', 'FPS', 'ACTIONS', 'CUE', 'VERSION', 'SIZ
            'action_clip', 'moment_clip', 'make_clips', 'read_list', 'load_clips', 'load_cues', 'contact_sheet',
            'mini_command']
 
-# %% ../../nbs/foundations/theatre.ipynb #836e9e7b
+# %% ../../nbs/foundations/theatre.ipynb #84d5aa36
 import argparse
 import contextlib
 import json
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..core import PvnbError, cpu_count, data_dir, existing_file, read_json, write_json, write_text
 from ..video import read_video, write_video
 
-# %% ../../nbs/foundations/theatre.ipynb #a16d416c
+# %% ../../nbs/foundations/theatre.ipynb #4eb54614
 SPLITS = ("train", "val")
 
 @lru_cache(maxsize=1)
@@ -40,7 +40,8 @@ def _digits():
 def digit_images(split):
     """The handwritten digits of `split` (`'train'` or `'val'`): images float32 `[n, 8, 8]` in 0..1 (ink is 1), labels int64 `[n]` in 0..9.
 
-    Source: `sklearn.datasets.load_digits`, the test part of UCI's Optical Recognition of Handwritten Digits. A quarter is `'val'`. Raises `PvnbError` for another name.
+    Source: `sklearn.datasets.load_digits`, the test part (13 writers) of UCI's Optical Recognition of Handwritten Digits. A quarter is
+    `'val'`. Raises `PvnbError` for another name.
     """
     if split not in SPLITS:
         raise PvnbError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")
@@ -48,7 +49,7 @@ def digit_images(split):
     part = slice(len(labels) // 4, None) if split == "train" else slice(len(labels) // 4)
     return images[part], labels[part]
 
-# %% ../../nbs/foundations/theatre.ipynb #56e95dc0
+# %% ../../nbs/foundations/theatre.ipynb #82f1c414
 STAGE, FRAMES, FPS = 64, 36, 12
 _ZOOM, _PAD = 4, 1  # pixels of a glyph per pixel of a digit; empty digit pixels around it
 
@@ -64,7 +65,7 @@ def _mask(glyph, x, y, size, angle):
     back = (c, s, half - c * x - s * y, -s, c, half + s * x - c * y)  # stage -> glyph
     return np.asarray(glyph.transform((STAGE, STAGE), Image.Transform.AFFINE, back, Image.Resampling.BILINEAR))
 
-# %% ../../nbs/foundations/theatre.ipynb #0519eec0
+# %% ../../nbs/foundations/theatre.ipynb #a78e2651
 def _scene(rng):
     "Background float32 [64, 64, 3] and ink colour float32 [3], both in 0..255."
     clouds = np.stack([Image.fromarray(rng.normal(0, 12, (6, 6)).astype(np.float32)).resize((STAGE, STAGE), Image.Resampling.BICUBIC)
@@ -79,7 +80,7 @@ def _shoot(scene, masks):
     cover = np.asarray(masks, dtype=np.float32)[..., None] / 255
     return np.uint8(ground + cover * (ink - ground) + 0.5)
 
-# %% ../../nbs/foundations/theatre.ipynb #7ae88f88
+# %% ../../nbs/foundations/theatre.ipynb #4639baef
 ACTIONS = ("left", "right", "up", "down", "clockwise", "counterclockwise", "grow", "shrink", "appear", "disappear")
 
 def reverse_of(label):
@@ -88,7 +89,7 @@ def reverse_of(label):
         raise PvnbError(f"action label {label} is outside 0..{len(ACTIONS) - 1}")
     return int(label) ^ 1
 
-# %% ../../nbs/foundations/theatre.ipynb #cfdd126a
+# %% ../../nbs/foundations/theatre.ipynb #c5369703
 def _across(phase, size, forward):
     "Place along one axis: from just outside the stage on one side to just outside on the other."
     way = phase if forward else 1 - phase
@@ -107,11 +108,12 @@ def _poses(kind, rng):
     elif kind == "appear": opacity = phase
     return x, y, size, angle, opacity
 
-# %% ../../nbs/foundations/theatre.ipynb #8fdb771c
+# %% ../../nbs/foundations/theatre.ipynb #56a823a1
 def action_clip(action, rng, split="train"):
     """A film of one action: uint8 `[36, 64, 64, 3]` RGB, 12 frames a second.
 
-    `action`: a name in `ACTIONS` or its index. `rng`: a `numpy.random.Generator`; the digit, scene, place and speed are drawn from it, alike for all actions,
+    `action`: a name in `ACTIONS` or its index. `rng`: a `numpy.random.Generator`; the digit, scene, place and speed are drawn from it,
+    alike for all actions,
     so the same generator state gives the partner's film exactly backwards. Raises `PvnbError` for an unknown action.
     """
     if action not in ACTIONS and action not in range(len(ACTIONS)):
@@ -123,7 +125,7 @@ def action_clip(action, rng, split="train"):
     film = _shoot(scene, masks)
     return film[::-1].copy() if label % 2 else film
 
-# %% ../../nbs/foundations/theatre.ipynb #31791568
+# %% ../../nbs/foundations/theatre.ipynb #0d2419d8
 CUE = FRAMES // 3  # frames of a moment film that tell
 
 def _clutter(image, rng):
@@ -134,7 +136,8 @@ def _clutter(image, rng):
 def moment_clip(digit, rng, split="train"):
     """A film in which `digit` (int 0..9) is seen during one third: (uint8 `[36, 64, 64, 3]` RGB, first cue frame, last cue frame), both included.
 
-    The rest of the time shuffled handwriting moves on the same path. The digit, its start and all else are drawn from the `numpy.random.Generator` `rng`.
+    The rest of the time shuffled handwriting moves on the same path. The digit, its start and all else are drawn from the
+    `numpy.random.Generator` `rng`.
     """
     images, labels = digit_images(split)
     if digit not in range(10):
@@ -149,10 +152,10 @@ def moment_clip(digit, rng, split="train"):
     masks = [_mask(g, x, y, size, tilt) for g, (x, y) in zip(glyphs, places, strict=True)]
     return _shoot(_scene(rng), masks), first, first + CUE - 1
 
-# %% ../../nbs/foundations/theatre.ipynb #3f4ec7d0
+# %% ../../nbs/foundations/theatre.ipynb #6e0dc8b8
 _ENCODING = {"gop": 1, "options": {"crf": -1, "qp": 18, "preset": "veryfast"}}  # crf -1: constant quantiser instead
 
-# %% ../../nbs/foundations/theatre.ipynb #79545d51
+# %% ../../nbs/foundations/theatre.ipynb #bfb8f3ee
 VERSION = 1
 SIZES = {"actions": (480, 200), "moments": (600, 200)}  # clips for training, for validation
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -178,7 +181,7 @@ def _write_moment(folder, split, seed, digit, k):
     write_video(folder/"moments"/file, film, FPS, **_ENCODING)
     return "moments", split, [(file, digit, first, last)]
 
-# %% ../../nbs/foundations/theatre.ipynb #223b0a2d
+# %% ../../nbs/foundations/theatre.ipynb #4e67a5fb
 def _jobs(folder, seed, sizes, classes):
     "The calls that write all films, each as (function, arguments)."
     for split, count in zip(SPLITS, sizes["actions"], strict=True):
@@ -195,7 +198,7 @@ def _write_lists(folder, rows, classes):
     cues = [r for split in SPLITS for r in rows["moments", split]]
     write_text(folder/"moments"/"cues.csv", "file,label,first,last\n" + "".join(",".join(map(str, r)) + "\n" for r in cues))
 
-# %% ../../nbs/foundations/theatre.ipynb #77392e8e
+# %% ../../nbs/foundations/theatre.ipynb #9c464edd
 def _films(share, shares, folder, *settings):
     "Write every `shares`-th film, from number `share` on; yield the rows of each: (set, split, [(file, label, ...)])."
     for function, arguments in list(_jobs(Path(folder), *settings))[share::shares]:
@@ -226,13 +229,14 @@ def _films_by_processes(workers, *settings):
                 p.kill()
                 p.wait()
 
-# %% ../../nbs/foundations/theatre.ipynb #688f54f3
-def _write_all(folder, workers, seed, sizes, classes):
+# %% ../../nbs/foundations/theatre.ipynb #fa464b22
+def _write_all(folder, workers, progress, seed, sizes, classes):
     "All films and lists into the existing empty `folder`."
     settings = (folder, seed, sizes, classes)
     rows = {(s, split): [] for s in SIZES for split in SPLITS}
     films = _films(0, 1, *settings) if workers == 1 else _films_by_processes(workers, *settings)
-    with contextlib.closing(films), tqdm(desc="digit theatre", unit="film", leave=False, total=sum(map(sum, sizes.values()))) as bar:
+    with contextlib.closing(films), tqdm(desc="digit theatre", unit="film", leave=False, disable=not progress,
+                                             total=sum(map(sum, sizes.values()))) as bar:
         for set_name, split, new in films:
             rows[set_name, split] += [tuple(row) for row in new]
             bar.update(len(new))
@@ -241,7 +245,7 @@ def _write_all(folder, workers, seed, sizes, classes):
     _write_lists(folder, rows, classes)
     write_json(folder/"about.json", {"version": VERSION, "seed": seed, "sizes": sizes, "classes": classes, "frames": FRAMES, "fps": FPS, "stage": STAGE})
 
-# %% ../../nbs/foundations/theatre.ipynb #2df28413
+# %% ../../nbs/foundations/theatre.ipynb #dfad0098
 @contextlib.contextmanager
 def _lock(path):
     "Hold an exclusive lock on the file `path`; yields whether that worked (it does not on Windows and on some network disks)."
@@ -271,13 +275,15 @@ def _folder_name(seed, sizes, classes):
     usual = sizes == SIZES and classes == 10
     return f"clips-v{VERSION}-seed{seed}" + ("" if usual else "-" + "-".join(str(n) for pair in sizes.values() for n in pair) + f"-{classes}")
 
-# %% ../../nbs/foundations/theatre.ipynb #f75bb02a
-def make_clips(root=None, seed=0, workers=None, sizes=None, classes=10):
+# %% ../../nbs/foundations/theatre.ipynb #17c1a380
+def make_clips(root=None, seed=0, workers=None, sizes=None, classes=10, progress=True):
     """Write the clips of the digit theatre and return their folder (a Path); return at once where they are already written.
 
     `root`: where the folder lies, by default `core.data_dir('mini')`. `seed`: an int from 0. `workers`: processes, by default one per core.
     `sizes`: `{set: (training clips, validation clips)}`, by default `SIZES`. `classes`: digits in `moments`, 2 to 10.
-    Whole or nothing: safe to interrupt, and safe to call from several processes. Raises `PvnbError` for sizes that do not split evenly into classes.
+    `progress`: show a bar.
+    Whole or nothing: safe to interrupt, and safe to call from several processes. Raises `PvnbError` for sizes that do not split evenly
+    into classes.
     """
     if not isinstance(seed, int) or seed < 0:
         raise PvnbError(f"seed is {seed!r}, expected an int from 0")
@@ -291,7 +297,7 @@ def make_clips(root=None, seed=0, workers=None, sizes=None, classes=10):
     root.mkdir(parents=True, exist_ok=True)
     with _lock(root/f".{folder.name}.lock") as held:
         if not (folder/"about.json").is_file():  # another process may have written it while this one waited
-            _make(folder, held, workers or cpu_count(), seed, sizes, classes)
+            _make(folder, held, workers or cpu_count(), progress, seed, sizes, classes)
     return folder
 
 def _make(folder, held, *settings):
@@ -309,7 +315,7 @@ def _make(folder, held, *settings):
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
-# %% ../../nbs/foundations/theatre.ipynb #d119d563
+# %% ../../nbs/foundations/theatre.ipynb #5d75f5ee
 def read_list(path):
     "The rows of a list file as (Path of the clip, int label). Raises `PvnbError` naming file and line where a line is not `path label`."
     path, rows = existing_file(path, "list file"), []
@@ -320,10 +326,11 @@ def read_list(path):
         rows.append((path.parent/name, int(label)))
     return rows
 
-def load_clips(folder, set_name, split, workers=None):
+def load_clips(folder, set_name, split, workers=None, progress=True):
     """All clips of one list, in its order: frames uint8 `[N, 36, 64, 64, 3]` RGB and labels int64 `[N]`.
 
-    `folder`: what `make_clips` returned. `set_name`: `'actions'` or `'moments'`. `split`: `'train'` or `'val'`. The usual lists take 80 to 270 MB of memory.
+    `folder`: what `make_clips` returned. `set_name`: `'actions'` or `'moments'`. `split`: `'train'` or `'val'`. The usual lists take 80
+    to 270 MB of memory.
     Raises `PvnbError` where there is no such set, and `VideoError` naming a clip that cannot be read.
     """
     if set_name not in SIZES or split not in SPLITS:
@@ -331,7 +338,8 @@ def load_clips(folder, set_name, split, workers=None):
     rows = read_list(Path(folder)/set_name/f"{split}.txt")
     with ThreadPoolExecutor(workers or cpu_count()) as pool:
         films = pool.map(read_video, [path for path, _ in rows])
-        clips = np.stack(list(tqdm(films, total=len(rows), desc=f"{set_name}/{split}", unit="film", leave=False)))
+        bar = tqdm(films, total=len(rows), desc=f"{set_name}/{split}", unit="film", leave=False, disable=not progress)
+        clips = np.stack(list(bar))
     return clips, np.array([label for _, label in rows], dtype=np.int64)
 
 def load_cues(folder, split=None):
@@ -340,7 +348,7 @@ def load_cues(folder, split=None):
     rows = {name: tuple(map(int, numbers)) for name, *numbers in (line.split(",") for line in lines)}
     return {name: row for name, row in rows.items() if split is None or name.startswith(f"{split}/")}
 
-# %% ../../nbs/foundations/theatre.ipynb #c8c939de
+# %% ../../nbs/foundations/theatre.ipynb #d618e459
 def contact_sheet(folder, out_png=None, columns=9):
     """A figure of the first validation clip of each class, a row for a class, time from left to right; the cue of `moments` is marked.
 
@@ -369,7 +377,7 @@ def contact_sheet(folder, out_png=None, columns=9):
     if out_png: save_figure(fig, out_png)
     return fig
 
-# %% ../../nbs/foundations/theatre.ipynb #ffe7bf1f
+# %% ../../nbs/foundations/theatre.ipynb #530aa547
 def mini_command(argv=None):
     "`pvnb data mini [--root DIR] [--seed N] [--workers N] [--sheet PNG]`: write the mini world's clips. Returns the exit status 0."
     parser = argparse.ArgumentParser(prog="pvnb data mini", description="Write the clips of the digit theatre (mp4 and list files); at once where they are already there.")
@@ -383,7 +391,7 @@ def mini_command(argv=None):
     print(f"{folder} ({time.time() - start:.1f} s)")
     for name in SIZES:
         counts = [len(read_list(folder/name/f"{split}.txt")) for split in SPLITS]
-        print(f"  {name:8s} {counts[0]} clips for training, {counts[1]} for validation, {len((folder/name/'labels.txt').read_text(encoding='utf-8').splitlines())} classes")
+        print(f"  {name:8s} {counts[0]} clips for training, {counts[1]} for validation, {len(_names(name))} classes")
     if options.sheet:
         contact_sheet(folder, options.sheet)
         print(f"  contact sheet: {options.sheet}")
