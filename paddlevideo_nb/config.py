@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['CONFIG_DIR', 'ADDED_KEYS', 'MODES', 'config_files', 'Section', 'Config', 'load_config']
 
-# %% ../nbs/foundations/config.ipynb #dea951bd
+# %% ../nbs/foundations/config.ipynb #c605ae0a
 import copy
 from ast import literal_eval
 from functools import lru_cache
@@ -13,7 +13,7 @@ import yaml
 
 from .core import PvnbError, existing_file, nearest
 
-# %% ../nbs/foundations/config.ipynb #1d6db14e
+# %% ../nbs/foundations/config.ipynb #e7b7411e
 CONFIG_DIR = Path(__file__).parent/"configs" if "__file__" in globals() else None
 
 def config_files():
@@ -22,7 +22,7 @@ def config_files():
     folder = CONFIG_DIR or Path(paddlevideo_nb.__file__).parent/"configs"
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
-# %% ../nbs/foundations/config.ipynb #c6d6ae40
+# %% ../nbs/foundations/config.ipynb #3e92793f
 def _literal(value):
     "A string that is a Python number, boolean or None becomes it; containers are gone through."
     if isinstance(value, dict): return {k: _literal(v) for k, v in value.items()}
@@ -41,7 +41,7 @@ def _read_yaml(path):
         raise PvnbError(f"configuration {path}: expected sections MODEL, TRAIN, VALID, TEST, INFER with keys below them")
     return _literal(sections)
 
-# %% ../nbs/foundations/config.ipynb #d6a24aa2
+# %% ../nbs/foundations/config.ipynb #07d8fb71
 class Section(dict):
     "One section: a dictionary whose keys are attributes too."
     def __getattr__(self, key):
@@ -69,11 +69,12 @@ class Config(dict):
             if self.get(section, {}).get(key) is not None: return self[section][key]
         return default
 
-# %% ../nbs/foundations/config.ipynb #419d2fa4
+# %% ../nbs/foundations/config.ipynb #856c05e3
 #: Keys beyond the published files: section ('*' for every mode) -> key -> (example, meaning).
 ADDED_KEYS = {
     "MODEL": {"width": (64, "channels of the first convolution; the other layers scale with it"),
               "format": ("mp4", "form of the clips that the list files name: mp4 or pkl"),
+              "flip": (True, "mirror clips at random in training"),
               "multi_scale": (False, "multi-scale crop in training, as TSM's reader does")},
     "*": {"fix_random_seed": (False, "one fixed seed for everything"), "num_trainers": (1, "processes that share the data"),
           "trainer_id": (0, "the number of this process"), "use_dali": (False, "decode with DALI"),
@@ -97,7 +98,7 @@ def _allowed(model, section):
         for mode in MODES: keys = {**published.get(mode, {}), **keys}
     return keys
 
-# %% ../nbs/foundations/config.ipynb #49eedce6
+# %% ../nbs/foundations/config.ipynb #967d0641
 def _fits(value, example):
     if example is None or value is None: return True
     if isinstance(example, bool) or isinstance(value, bool): return isinstance(example, bool) and isinstance(value, bool)
@@ -121,7 +122,7 @@ def _check(config):
             if not _fits(value, allowed[key]):
                 raise PvnbError(f"{config.source}: {section}.{key} is {value!r}, expected {type(allowed[key]).__name__} such as {allowed[key]!r}")
 
-# %% ../nbs/foundations/config.ipynb #a5097802
+# %% ../nbs/foundations/config.ipynb #530567bc
 def load_config(name_or_path, **overrides):
     """The configuration in a packaged file (`"tsn"`, `"tsn_mini"`) or in a YAML file of one's own, as a `Config`.
 

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['FLOORS', 'WALLS', 'readme_text', 'write_readme', 'imports', 'floor', 'wrong_imports']
 
-# %% ../nbs/system/house.ipynb #1bff6995
+# %% ../nbs/system/house.ipynb #97bab9b8
 import ast
 import sys
 from pathlib import Path
 
 from .core import PvnbError, repo_dir, write_text
 
-# %% ../nbs/system/house.ipynb #71f1f3cf
+# %% ../nbs/system/house.ipynb #8c34c97a
 def readme_text(repo=None):
     "The Markdown (str) of `nbs/index.ipynb` in the checkout `repo` (default: the one that the current folder lies in)."
     import nbformat
@@ -28,7 +28,7 @@ def write_readme(repo=None):
     write_text(path, readme_text(repo))
     return path
 
-# %% ../nbs/system/house.ipynb #704b56e4
+# %% ../nbs/system/house.ipynb #99242abe
 def _imported(path, module):
     "Full names of what the source of `module` (a full name) imports; `from a import b` gives 'a' and 'a.b', since b may be a module."
     tree = ast.parse(Path(path).read_text(encoding="utf-8"), str(path))
@@ -51,9 +51,9 @@ def imports(package=None):
     found = {module: {full.removeprefix(name) for full in _imported(p, name + module)} for module, p in paths.items()}
     return {module: others & set(paths) for module, others in found.items()}
 
-# %% ../nbs/system/house.ipynb #eab3d583
+# %% ../nbs/system/house.ipynb #56b9579f
 FLOORS = (  # from the ground up; a name stands for a module or for a folder of modules
-    ("core", "config", "video", "transforms", "datasets", "metrics", "plots"), ("layers",), ("models",), ("tasks", "zoo"),
+    ("core", "config", "video", "transforms", "datasets", "metrics", "plots"), ("layers",), ("models",), ("tasks", "zoo", "runs"),
     ("train", "evaluate", "predict", "export", "parity"), ("reproduce", "cli", "house"))
 WALLS = (("models", "datasets"), ("models", "video"), ("models", "transforms"), ("metrics", "datasets"), ("metrics", "video"), ("models", "models"))
 
@@ -72,6 +72,6 @@ def wrong_imports(graph):
             if (module.split(".")[0], other.split(".")[0]) in WALLS: wrong.append(f"{module} imports {other}: there is a wall between them")
     return wrong
 
-# %% ../nbs/system/house.ipynb #dd21ca19
+# %% ../nbs/system/house.ipynb #4cc90b14
 if __name__ == "__main__" and "__file__" in globals():
     print(f"written: {write_readme()}", file=sys.stderr)

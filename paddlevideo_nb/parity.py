@@ -5,7 +5,7 @@ __all__ = ['paddle', 'BOUND', 'TOO_SENSITIVE', 'PROCESSING', 'regenerate', 'feed
            'check_training', 'check_published', 'check_schedule', 'checkpoint_forms', 'check_checkpoint',
            'check_processing', 'find_cases', 'check_case', 'parity', 'format_rows', 'parity_command']
 
-# %% ../nbs/system/parity.ipynb #3d0d4bd3
+# %% ../nbs/system/parity.ipynb #3702ef72
 import json
 import zlib
 from pathlib import Path
@@ -20,7 +20,7 @@ from .zoo import load_weights, read_weights
 
 paddle = import_paddle()
 
-# %% ../nbs/system/parity.ipynb #a17b0f3e
+# %% ../nbs/system/parity.ipynb #cdaea302
 def _state(salt, key):
     return np.random.RandomState(zlib.crc32(f"{salt}/{key}".encode()) & 0xFFFFFFFF)
 
@@ -49,7 +49,7 @@ def _feed(r, kind, shape, arg):
     if kind == "values": return np.array(arg).reshape(shape).astype("int64" if isinstance(arg[0], int) else "float32")
     raise PvnbError(f"unknown kind of input {kind!r}")
 
-# %% ../nbs/system/parity.ipynb #3355878a
+# %% ../nbs/system/parity.ipynb #f35d8d9e
 BOUND, TOO_SENSITIVE = 1e-4, 0.05
 
 def compare(ours, theirs):
@@ -65,7 +65,7 @@ def row(case, what, ours, theirs, bound=BOUND, judged=True):
     verdict = ("ok" if relative <= bound else "FAIL") if judged else "shown"
     return {"case": case, "what": what, "absolute": absolute, "relative": relative, "verdict": verdict}
 
-# %% ../nbs/system/parity.ipynb #62e2f6d8
+# %% ../nbs/system/parity.ipynb #bf794da5
 def _outputs(case_name, prefix, values, specs, arrays):
     "Rows for a list of outputs against their records."
     if len(values) != len(specs):
@@ -118,7 +118,7 @@ def check_inference(name, case, arrays):
         rows += _outputs(name, mode, task.fetches(outputs, loss, batch), case[f"{mode}_outputs"], arrays)
     return rows
 
-# %% ../nbs/system/parity.ipynb #bce609f8
+# %% ../nbs/system/parity.ipynb #372ccdda
 def check_training(name, case):
     "Rows for three optimiser steps on one fixed batch."
     if "train_steps" not in case: return []
@@ -157,7 +157,7 @@ def _step_rows(step, name, fetched, record, tensors, start, sensitivity):
         rows.append(judge("moving statistics", norms(tensors[k].numpy() for k in moving), [v["l2"] for v in moving.values()], "watched_relative"))
     return rows
 
-# %% ../nbs/system/parity.ipynb #e48b5294
+# %% ../nbs/system/parity.ipynb #aec69207
 def check_published(name, record):
     "Rows for `published_parameters.json`: names, shapes and the number of trainable parameters."
     network = get_task(Path(record["config_file"]).stem).network()
@@ -180,7 +180,7 @@ def check_schedule(name, stem, record):
     theirs = [rate for _, rate in record["learning_rate_of_update"]]
     return [row(name, "learning rate", np.array(ours)/theirs, np.ones(len(ours)), 1e-6)]
 
-# %% ../nbs/system/parity.ipynb #55d920a2
+# %% ../nbs/system/parity.ipynb #7513d410
 def checkpoint_forms(folder):
     "Form -> path, for a folder `checkpoint`."
     forms = {"file": next(iter(sorted(folder.glob("*.pdparams"))), None), "combined": next(iter(sorted(folder.glob("combined/*"))), None)}
@@ -206,7 +206,7 @@ def check_checkpoint(name, folder):
         rows.append(row(name, f"{form}: loaded into {task.name}", [loaded], [0], 0))
     return rows
 
-# %% ../nbs/system/parity.ipynb #a5bf7d12
+# %% ../nbs/system/parity.ipynb #84ab165d
 def _kinetics_metric(a):
     from paddlevideo_nb.metrics.classification import topk_accuracy
     return [(f"top-{k}", topk_accuracy(a["scores"], a["labels"], k), a[f"top{k}"]) for k in (1, 5)]
@@ -231,13 +231,14 @@ def _kinetics_transform(a):
     return [("transformed clip", _transform(seg_num, seglen, short, target, a["images"]), a["out"])]
 
 def _kinetics_resize(a):
+    from PIL import Image
     from paddlevideo_nb.transforms import resize
     short, target = map(int, a["short_size_target_size"])
     checks = []
     for i in range(sum(k.startswith("image_") for k in a)):
-        frames = a[f"image_{i}"][None]
-        checks += [(f"image {i}, resized", resize(frames, short), a[f"scaled_{i}"][None]),
-                   (f"image {i}, transformed", _transform(1, 1, short, target, frames), a[f"out_{i}"])]
+        image = a[f"image_{i}"]
+        checks += [(f"image {i}, resized", np.asarray(resize([Image.fromarray(image)], short)[0]), a[f"scaled_{i}"]),
+                   (f"image {i}, transformed", _transform(1, 1, short, target, image[None]), a[f"out_{i}"])]
     return checks
 
 #: Stem of the file -> function from its arrays to (what, ours, theirs) triples. All must be equal to the last bit, or to 1e-6 where they are averages.
@@ -252,7 +253,7 @@ def check_processing(name, path):
     with np.load(path, allow_pickle=False) as arrays:
         return [row(name, what, ours, theirs, 1e-6) for what, ours, theirs in PROCESSING[stem](dict(arrays))]
 
-# %% ../nbs/system/parity.ipynb #d8e18556
+# %% ../nbs/system/parity.ipynb #96e4c8e7
 def find_cases(folder):
     "(name, kind, path) of every case below `folder` (or of one file), sorted. Kinds: network, parameters, schedules, checkpoint, processing."
     root = Path(folder)
@@ -307,7 +308,7 @@ def parity(folder, progress=True):
         rows += _check_schedules(name, path) if kind == "schedules" else check_case(name, kind, path)
     return rows
 
-# %% ../nbs/system/parity.ipynb #b74f8884
+# %% ../nbs/system/parity.ipynb #53669dd1
 def format_rows(rows):
     "The rows as a text table."
     import pandas as pd

@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'NAMES', 'TASKS', 'CONFIGS', 'step_decay', 'ClipTask', 'find_model', 'list_models', 'NotBuilt', 'get_task',
            'published_config', 'create_model']
 
-# %% ../nbs/system/tasks.ipynb #8c537b2f
+# %% ../nbs/system/tasks.ipynb #f905fb8a
 from .config import Config, load_config
 from .core import PvnbError, import_paddle, nearest
 from .datasets.kinetics import KineticsDataset
@@ -14,7 +14,7 @@ from .models.tsn import TSN
 paddle = import_paddle()
 import paddle.nn.functional as F
 
-# %% ../nbs/system/tasks.ipynb #4b1a9362
+# %% ../nbs/system/tasks.ipynb #11f429ec
 def step_decay(train):
     "Learning rate per update, from the TRAIN section of a clip model's configuration: a `PiecewiseDecay`."
     epochs = train.get("decay_epochs") or [train.epoch/3, train.epoch*2/3]
@@ -22,7 +22,7 @@ def step_decay(train):
     values = [train.learning_rate * train.learning_rate_decay**i for i in range(len(epochs) + 1)]
     return paddle.optimizer.lr.PiecewiseDecay([e * updates for e in epochs], values)
 
-# %% ../nbs/system/tasks.ipynb #0a1d55b8
+# %% ../nbs/system/tasks.ipynb #1c89b610
 class ClipTask:
     """Clips to classes: data in the Kinetics form, cross entropy, momentum with step decay and L2, top-1 and top-5.
 
@@ -45,7 +45,7 @@ class ClipTask:
         def value(key, default=None): return self.config.value(mode, key, default)
         return KineticsDataset(filelist or value("filelist"), mode, value("format", "pkl"), value("seg_num"), value("seglen", 1), value("short_size"),
                                value("target_size"), value("image_mean"), value("image_std"), seed=seed, cache=cache or value("cache", False),
-                               multi_scale=value("multi_scale", False), video_path=video_path, num_classes=self.config.MODEL.num_classes)
+                               multi_scale=value("multi_scale", False), flip=value("flip", True), video_path=video_path, num_classes=self.config.MODEL.num_classes)
 
     def forward(self, network, batch, mode="test"):
         "Named outputs: `logits` and `probabilities`, both `[N, num_classes]`."
@@ -76,7 +76,7 @@ class ClipTask:
         "What the original program returns, in its order: at inference the probabilities, otherwise loss, probabilities, labels."
         return [outputs["probabilities"]] if loss is None else [loss, outputs["probabilities"], batch["label"]]
 
-# %% ../nbs/system/tasks.ipynb #8a609511
+# %% ../nbs/system/tasks.ipynb #5d6f7d81
 NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL")
 TASKS = {"TSN": ClipTask}  # name -> task
 
@@ -101,7 +101,7 @@ def get_task(config):
         raise NotBuilt(f"{name} is not built yet (built: {', '.join(TASKS)})")
     return TASKS[name](config)
 
-# %% ../nbs/system/tasks.ipynb #b39579d7
+# %% ../nbs/system/tasks.ipynb #04d99d09
 #: Model -> stem of its published configuration.
 CONFIGS = {"AttentionCluster": "attention_cluster", "AttentionLSTM": "attention_lstm", "BsnTem": "bsn_tem", "BsnPem": "bsn_pem"}
 

@@ -4,10 +4,14 @@
 __all__ = ['paddle', 'FORMAT', 'OPTIONS', 'optimizer_arrays', 'restore_optimizer', 'save_checkpoint', 'find_checkpoint',
            'load_checkpoint', 'seed_step', 'fit', 'train_command']
 
-# %% ../nbs/system/training.ipynb #bd4846e9
+# %% ../nbs/system/training.ipynb #81aaeaa7
 import json
 import math
+import os
+import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from .zoo import fetch, load_pretrained, load_weights, read_weights, save_weight
 paddle = import_paddle()
 from tqdm import tqdm
 
-# %% ../nbs/system/training.ipynb #5fb3cc3c
+# %% ../nbs/system/training.ipynb #3a665151
 FORMAT = "paddlevideo_nb training checkpoint 1"
 
 def optimizer_arrays(network, optimizer):
@@ -32,7 +36,9 @@ def optimizer_arrays(network, optimizer):
     arrays = {}
     for name, value in optimizer.state_dict().items():
         owner = max((p for p in keys if name.startswith(p + "_")), key=len, default=None)
-        if owner is not None: arrays[f"{keys[owner]}|{name[len(owner) + 1:]}"] = np.asarray(value)
+        if owner is None: continue
+        accumulator = re.sub(r"_\d+$", "_0", name[len(owner) + 1:])  # Paddle counts the optimisers that a network has had
+        arrays[f"{keys[owner]}|{accumulator}"] = np.asarray(value)
     return arrays
 
 def restore_optimizer(network, optimizer, arrays, schedule_state=None):
@@ -41,7 +47,7 @@ def restore_optimizer(network, optimizer, arrays, schedule_state=None):
     state = {f"{names[key]}_{accumulator}": paddle.to_tensor(a) for (key, accumulator), a in ((k.rsplit("|", 1), a) for k, a in arrays.items())}
     optimizer.set_state_dict({**state, "LR_Scheduler": schedule_state} if schedule_state else state)
 
-# %% ../nbs/system/training.ipynb #c3346ad2
+# %% ../nbs/system/training.ipynb #d84256ed
 def save_checkpoint(path, task, network, optimizer, schedule, place):
     "Write one training checkpoint, whole or not at all. `place`: dict with epoch, batch, step, seed, best, history."
     entries = {f"network.{k}": v.numpy() for k, v in network.state_dict().items()}
@@ -63,6 +69,7 @@ def load_checkpoint(path, task, network, optimizer):
     Raises `PvnbError` for the checkpoint of another model.
     """
     path = find_checkpoint(path, task.name)
+    if path.is_dir() and not any(path.iterdir()): raise PvnbError(f"{path} holds no checkpoint, expected {task.name}_last.safetensors")
     about = read_metadata(path)
     if about.get("model", task.name) != task.name:
         raise PvnbError(f"{path} is a checkpoint of {about['model']}, not of {task.name}")
@@ -73,12 +80,12 @@ def load_checkpoint(path, task, network, optimizer):
     restore_optimizer(network, optimizer, {k[10:]: a for k, a in read_weights(path).items() if k.startswith("optimizer.")}, json.loads(about["scheduler"]))
     return json.loads(about["place"])
 
-# %% ../nbs/system/training.ipynb #cfd61258
+# %% ../nbs/system/training.ipynb #dc6565e4
 def seed_step(seed, step):
     "Seed Paddle's generator for one step, as a function of (seed, step)."
     paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
-# %% ../nbs/system/training.ipynb #45be6830
+# %% ../nbs/system/training.ipynb #79a4481f
 class _Book:
     "History, checkpoints and logs of one run."
     def __init__(self, task, seed, save_dir):
@@ -110,40 +117,71 @@ class _Book:
         lines = [",".join(columns), *(",".join(str(row.get(c, "")) for c in columns) for row in history)]
         write_text(self.folder/f"{self.task.name}_metrics.csv", "\n".join(lines) + "\n")
 
-# %% ../nbs/system/training.ipynb #331c1137
+# %% ../nbs/system/training.ipynb #10294c71
+class _Interrupt:
+    "While open, notes the first Ctrl-C in `asked`; a second one raises `KeyboardInterrupt`. Without effect outside of the main thread, where no signals arrive."
+    asked = False
+
+    def __enter__(self):
+        self.process = os.getpid()
+        self.main = threading.current_thread() is threading.main_thread()
+        if self.main: self.before = signal.signal(signal.SIGINT, self)
+        return self
+
+    def __call__(self, number, frame):
+        if os.getpid() != self.process: return  # a reader process, which inherits this handler; its parent ends it
+        if self.asked: raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step; Ctrl-C again stops at once and saves nothing", file=sys.stderr)
+
+    def __exit__(self, *_):
+        if self.main: signal.signal(signal.SIGINT, self.before)
+
+# %% ../nbs/system/training.ipynb #97302d2f
 def fit(task, *, network=None, epochs=None, seed=0, save_dir=None, resume=None, pretrain=None, log_interval=10, valid_interval=1, save_interval=0,
         workers=0, cache=False, train_data=None, valid_data=None, progress=True, profiler=None):
     """Train, and return (network, history). History: dicts with epoch, step and loss, learning_rate, clips_per_second; after an epoch the validation metrics.
 
     `network`: one to go on training, by default a new one from `seed`. `epochs`: default TRAIN.epoch. `save_dir`: for `<MODEL>_last` and `<MODEL>_best.safetensors` and the CSV.
-    `resume`: a checkpoint or a folder of them; the final weights then equal those of an uninterrupted run. `pretrain`: ImageNet start weights (`zoo.load_pretrained`).
+    `resume`: a checkpoint or a folder of them (its seed counts, not the argument); the final weights then equal those of an uninterrupted run. `pretrain`: ImageNet start weights (`zoo.load_pretrained`).
     `log_interval`, `save_interval`: in steps (0: after each epoch only); `valid_interval` in epochs (0: never). `train_data`, `valid_data`: in place of the task's own.
     The last incomplete batch of an epoch is left out, as in the original (batch norm needs company). `profiler`: a `paddle.profiler.Profiler`, stepped with the loop.
     Raises `PvnbError` for a loss that is not finite, an epoch without a readable sample, or a checkpoint that does not fit.
     """
     if resume and network is not None: raise PvnbError("fit: give a network or a checkpoint to resume, not both")
+    seed = _seed_of(resume, task, seed)
     train_data = task.dataset("train", seed=seed, cache=cache) if train_data is None else train_data
     if valid_data is None and valid_interval: valid_data = task.dataset("valid", cache=cache)
     network = _start(task, network, seed, pretrain)
     optimizer, schedule = task.optimizer(network)
     state, book = (network, optimizer, schedule), _Book(task, seed, save_dir)
     if resume: book.place |= load_checkpoint(resume, task, network, optimizer)
-    size = min(task.batch_size("train"), len(train_data))
+    if not len(train_data): raise PvnbError(f"{task.name}: the training data is empty")
+    size, place = min(task.batch_size("train"), len(train_data)), book.place
+    if place["batch"] and place["size"] != size:
+        raise PvnbError(f"{resume} stands within an epoch of batches of {place['size']}, not of {size}: resume with the same batch_size")
+    place["size"] = size
     epochs, batches = task.config.TRAIN.epoch if epochs is None else epochs, len(train_data)//size
-    place = book.place
     bar = tqdm(total=epochs*batches, initial=min(place["step"], epochs*batches), desc=task.name, unit="step", disable=not progress)
-    with bar:
-        while place["epoch"] < epochs:
-            try: _epoch(task, state, book, bar, train_data, size, workers, log_interval, save_interval, profiler)
-            except KeyboardInterrupt:
-                book.save("last", *state)
-                if save_dir: tqdm.write(f"stopped in epoch {place['epoch']} after step {place['step']}; --resume {save_dir} goes on from there", file=sys.stderr)
-                raise
+    with bar, _Interrupt() as stop:
+        while place["epoch"] < epochs and not stop.asked:
+            before = place["epoch"]
+            try: _epoch(task, state, book, bar, train_data, size, workers, log_interval, save_interval, profiler, stop)
+            except RuntimeError:  # Ctrl-C reaches reader processes too
+                if not stop.asked: raise
             if profiler is not None and profiler.done: break
-            if valid_interval and place["epoch"] % valid_interval == 0: _validate(task, state, book, valid_data, workers)
+            if valid_interval and place["epoch"] > before and place["epoch"] % valid_interval == 0: _validate(task, state, book, valid_data, workers)
             book.save("last", *state)
+    if stop.asked:
+        if save_dir: print(f"stopped in epoch {place['epoch']} after step {place['step']}; --resume {save_dir} goes on from there", file=sys.stderr)
+        raise KeyboardInterrupt
     network.eval()
     return network, place["history"]
+
+def _seed_of(resume, task, seed):
+    "The seed of the run to resume; `seed` where there is none or its file does not say."
+    about = read_metadata(find_checkpoint(resume, task.name)) if resume else {}
+    return json.loads(about["place"])["seed"] if "place" in about else seed
 
 def _start(task, network, seed, pretrain):
     if network is None:
@@ -154,8 +192,8 @@ def _start(task, network, seed, pretrain):
         print(f"start weights: {len(report['loaded'])} arrays of {pretrain}; drawn at random: {', '.join(report['missing']) or 'none'}")
     return network
 
-# %% ../nbs/system/training.ipynb #ef52c90c
-def _epoch(task, state, book, bar, data, size, workers, log_interval, save_interval, profiler):
+# %% ../nbs/system/training.ipynb #d37a23f2
+def _epoch(task, state, book, bar, data, size, workers, log_interval, save_interval, profiler, stop):
     network, optimizer, schedule = state
     place, clock, clips, read = book.place, time.perf_counter(), 0, 0
     network.train()
@@ -173,11 +211,16 @@ def _epoch(task, state, book, bar, data, size, workers, log_interval, save_inter
         if batch and log_interval and place["step"] % log_interval == 0:
             speed = clips/max(time.perf_counter() - clock, 1e-9)
             book.row(epoch=place["epoch"], step=place["step"], loss=loss, learning_rate=rate, clips_per_second=round(speed, 1))
+            if not bar.disable: tqdm.write(f"epoch {place['epoch']}, step {place['step']}: loss {loss:.4f}, learning rate {rate:.3g}, {speed:.1f} clips/s", file=sys.stderr)
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.2g}", clips_s=f"{speed:.1f}")
         if save_interval and place["step"] % save_interval == 0: book.save("last", *state)
         if profiler is not None:
             profiler.step()
             if profiler.done: return
+        if stop.asked: break
+    if place["batch"] < len(data)//size:  # Ctrl-C; reader processes that it ended look like the end of the data
+        if stop.asked: return
+        raise PvnbError(f"epoch {place['epoch']}: the reader ended after {place['batch']} of {len(data)//size} batches")
     if not read and place["batch"] <= len(data)//size and not clips and book.unreadable:
         raise PvnbError(f"epoch {place['epoch']}: not one sample could be read; first: {next(iter(book.unreadable))}")
     place["epoch"], place["batch"] = place["epoch"] + 1, 0
@@ -199,12 +242,12 @@ def _validate(task, state, book, data, workers):
     metrics = evaluate(task, state[0], data, mode="valid", workers=workers, progress=False)
     place = book.place
     book.row(epoch=place["epoch"], step=place["step"], **{f"valid_{k}": v for k, v in metrics.items()})
-    tqdm.write(f"epoch {place['epoch']}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stderr) if book.folder else None
+    if book.folder: tqdm.write(f"epoch {place['epoch']}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stderr)
     if place["best"] is None or metrics[task.monitor] > place["best"]:
         place["best"] = metrics[task.monitor]
         book.save("best", *state)
 
-# %% ../nbs/system/training.ipynb #e3e64e10
+# %% ../nbs/system/training.ipynb #cbb9ece3
 OPTIONS = {
     "!batch_size": (int, None, "clips a step, over all cards"), "!learning_rate": (float, None, "of the first epochs"), "!epoch": (int, None, "epochs"),
     "pretrain": (str, None, "start weights: a file, a folder, or auto to download the published ones"), "resume": (str, None, "checkpoint, or folder of checkpoints, to continue"),
@@ -212,24 +255,28 @@ OPTIONS = {
     "valid_interval": (int, 1, "epochs between validations, 0 for none"), "save_dir": (str, "data/checkpoints", "folder of checkpoints and metrics"),
     "log_interval": (int, 10, "steps between log lines"), "fix_random_seed": (bool, False, "True: seed 1000"), "seed": (int, 0, "of weights, order and augmentation"),
     "save_interval": (int, 0, "steps between checkpoints within an epoch"), "workers": (int, None, "processes that decode; default: TRAIN.num_reader_threads, at most the cores"),
-    "cache": (bool, False, "keep decoded clips in memory"), "is_profiler": (int, 0, "1: profile five steps, then stop"), "profiler_path": (str, "./profile", "folder of the trace"),
+    "cache": (bool, False, "keep decoded clips in memory"), "is_profiler": (int, 0, "1: profile five steps after log_interval steps, then stop"), "profiler_path": (str, "./profile", "folder of the trace"),
 }
 
 class _Profiler:
     "Paddle's profiler over five steps, after `start` steps of warming up."
     def __init__(self, folder, start):
-        from paddle.profiler import Profiler, ProfilerTarget, export_chrome_tracing
+        from paddle.profiler import Profiler, export_chrome_tracing
         self.steps, self.end, self.done = 0, start + 5, False
-        self.inner = Profiler(targets=[ProfilerTarget.CPU], scheduler=(start, self.end), on_trace_ready=export_chrome_tracing(folder))
+        self.inner = Profiler(scheduler=(start, self.end), on_trace_ready=export_chrome_tracing(folder))
         self.inner.start()
 
     def step(self):
         self.steps += 1
         self.inner.step()
-        if self.steps == self.end:
-            self.inner.stop()
-            self.inner.summary()
-            self.done = True
+        if self.steps == self.end: self.finish()
+
+    def finish(self):
+        "Write the trace and print the summary."
+        if self.done: return
+        self.inner.stop()
+        self.inner.summary()
+        self.done = True
 
 def train_command(argv):
     "`pvnb train MODEL [--config C] [key=value ...]`: trains, validates and keeps the last and the best checkpoint. Returns 0."
@@ -242,10 +289,11 @@ def train_command(argv):
     profiler = _Profiler(args.profiler_path, args.log_interval) if args.is_profiler else None
     _, history = fit(task, seed=1000 if args.fix_random_seed else args.seed, save_dir=args.save_dir, resume=args.resume, pretrain=pretrain, log_interval=args.log_interval,
                      valid_interval=args.valid_interval, save_interval=args.save_interval, workers=reader_processes(task, "train", args.workers), cache=args.cache, profiler=profiler)
+    if profiler is not None: profiler.finish()
     print(f"checkpoints and metrics in {args.save_dir}")
     return 0
 
-# %% ../nbs/system/training.ipynb #6200a78e
+# %% ../nbs/system/training.ipynb #6b82fec1
 if __name__ == "__main__" and "__file__" in globals():
     from paddlevideo_nb.cli import main
     raise SystemExit(main(["train", *sys.argv[1:]]))

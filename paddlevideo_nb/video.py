@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['VideoError', 'write_video', 'VideoInfo', 'Video', 'probe', 'read_frames', 'read_video', 'iter_frames']
 
-# %% ../nbs/foundations/video.ipynb #d9aac151
+# %% ../nbs/foundations/video.ipynb #bb724200
 import contextlib
 import errno
 import itertools
@@ -18,11 +18,11 @@ import numpy as np
 
 from .core import PvnbError, atomic_path, existing_file
 
-# %% ../nbs/foundations/video.ipynb #bbb90bb2
+# %% ../nbs/foundations/video.ipynb #5b408d25
 class VideoError(PvnbError):
     "One video file that cannot be read; its message names the file and says what is wrong. Training skips such files, prediction stops."
 
-# %% ../nbs/foundations/video.ipynb #40c29910
+# %% ../nbs/foundations/video.ipynb #14766c15
 _ENCODERS = {
     "h264": ("libx264", "yuv420p", {"crf": 18, "preset": "medium"}),
     "vp9": ("libvpx-vp9", "yuv420p", {"crf": 24, "b": 0, "deadline": "realtime", "cpu-used": 8}),
@@ -43,7 +43,7 @@ def _encoder(codec, size, path, crf, gop, bframes, options):
         chosen["x264-params"] = ":".join(["cpu-independent=1", *filter(None, [chosen.get("x264-params")])])
     return name, pixels, {k: str(v) for k, v in chosen.items()}
 
-# %% ../nbs/foundations/video.ipynb #d7014af7
+# %% ../nbs/foundations/video.ipynb #1ac6e602
 def write_video(path, frames, fps=25, codec="h264", crf=None, gop=None, bframes=None, times=None, rotation=0, options=None):
     """Write `frames` (uint8 RGB `[T, H, W, 3]`, or any iterable of `[H, W, 3]`; H and W even) to `path`, whole or not at all.
 
@@ -74,7 +74,7 @@ def write_video(path, frames, fps=25, codec="h264", crf=None, gop=None, bframes=
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
-# %% ../nbs/foundations/video.ipynb #c884f9c5
+# %% ../nbs/foundations/video.ipynb #9968a578
 @contextlib.contextmanager
 def _writing(path):
     try:
@@ -89,7 +89,7 @@ def _picture(frame, size, path, number):
         raise PvnbError(f"cannot write {path}: frame {number} is {frame.dtype} {list(frame.shape)}, expected uint8 {[*size, 3]}")
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
-# %% ../nbs/foundations/video.ipynb #101a3282
+# %% ../nbs/foundations/video.ipynb #45cd0a85
 _NOT_VIDEO = {"tty", "hls", "dash", "concat", "sdp", "rtsp"}  # text files that FFmpeg would play, or that only point elsewhere
 
 @contextlib.contextmanager
@@ -130,7 +130,7 @@ def _what_failed(path, error):
         return f"{path} is truncated: an mp4 file without its index (moov), which is written last"
     return f"{path} is not a video that FFmpeg knows, or is damaged at its beginning"
 
-# %% ../nbs/foundations/video.ipynb #eeadabdb
+# %% ../nbs/foundations/video.ipynb #e6f76dfd
 _Packet = namedtuple("_Packet", "pts key hidden broken")
 
 @dataclass
@@ -168,7 +168,7 @@ def _is_shown(packet, stream):
     "False for the hidden reference frames of VP8, which have packets of their own (RFC 6386, 9.1: the show_frame bit)."
     return stream.codec_context.name not in ("vp8", "libvpx") or bool(bytes(packet)[0] >> 4 & 1)
 
-# %% ../nbs/foundations/video.ipynb #f1cff953
+# %% ../nbs/foundations/video.ipynb #4b650dc9
 def _index_of_packets(path, packets, unit):
     keys = sorted((p.pts, place) for place, p in enumerate(packets) if p.key)
     if not keys:
@@ -192,7 +192,7 @@ def _undamaged(frame, number, path):
         raise VideoError(f"{path} is damaged: frame {number} cannot be decoded whole")
     return frame
 
-# %% ../nbs/foundations/video.ipynb #ffbfd714
+# %% ../nbs/foundations/video.ipynb #c85c676a
 def _check_whole(path, container, stream, packets, end):
     "Raise `VideoError` where packets are missing. `end`: last presentation time of any packet, in seconds."
     if "mp4" in container.format.name:
@@ -209,7 +209,7 @@ def _check_whole(path, container, stream, packets, end):
     if all(p.hidden for p in packets):
         raise VideoError(f"{path} holds no video frame")
 
-# %% ../nbs/foundations/video.ipynb #e28c8248
+# %% ../nbs/foundations/video.ipynb #b87c0acc
 _JUMP = 8  # packets that a jump must save: it costs about as much as decoding these (decoder and its threads start afresh)
 
 def _plan(index, wanted):
@@ -225,7 +225,7 @@ def _plan(index, wanted):
         at = index.packet[number]
     return [run for run in runs if run[1]]
 
-# %% ../nbs/foundations/video.ipynb #31f1b0b3
+# %% ../nbs/foundations/video.ipynb #70740ab2
 class _SeekMissed(Exception):
     "The container came out behind the key frame that was asked for."
 
@@ -243,7 +243,7 @@ def _decode(path, index, wanted):
 
 def _decode_run(path, frames, index, start, numbers):
     first = expected = int(np.searchsorted(index.key, start)) if start else 0
-    left = set(numbers)
+    left, to_rgb = set(numbers), av.video.reformatter.VideoReformatter()  # one for the run: setting up costs more than converting a small frame
     for frame in frames:
         at = expected if index.packet is None else _number(frame, index, start)  # counted, or recognised
         if at is None:
@@ -254,13 +254,13 @@ def _decode_run(path, frames, index, start, numbers):
             break
         expected += 1
         if at in left:
-            yield at, _upright(_undamaged(frame, at, path))
+            yield at, _upright(_undamaged(frame, at, path), to_rgb)
             left.remove(at)
             if not left:
                 return
     raise VideoError(f"{path} is damaged: frame {expected} of {len(index.pts)} is missing in what its decoder returns")
 
-# %% ../nbs/foundations/video.ipynb #93ddee04
+# %% ../nbs/foundations/video.ipynb #f79d59a0
 def _number(frame, index, start):
     "The frame's number, or None where it is not part of the film: shown before the run's key frame, or hidden by an edit list."
     if frame.pts is None or frame.pts < index.keys[start][0]:
@@ -268,13 +268,13 @@ def _number(frame, index, start):
     at = int(np.searchsorted(index.pts, frame.pts))
     return at if at < len(index.pts) and index.pts[at] == frame.pts else None
 
-def _upright(frame):
-    "uint8 RGB `[H, W, 3]` of a frame, turned as its display matrix says (phones store upright films lying)."
-    picture = frame.to_ndarray(format="rgb24")
+def _upright(frame, to_rgb):
+    "uint8 RGB `[H, W, 3]` of a frame, turned as its display matrix says (phones store upright films lying). `to_rgb`: one reformatter for all frames."
+    picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
-# %% ../nbs/foundations/video.ipynb #e38d3bfd
+# %% ../nbs/foundations/video.ipynb #50482df2
 @dataclass
 class VideoInfo:
     "What `probe` finds. Width and height are those of the upright picture."
@@ -294,7 +294,7 @@ def _check_numbers(video, wanted):
         if not 0 <= n < len(video):
             raise VideoError(f"{video.path} has {len(video)} frames (0 to {len(video) - 1}); frame {n} was asked for")
 
-# %% ../nbs/foundations/video.ipynb #cc32f89a
+# %% ../nbs/foundations/video.ipynb #435bfc7b
 class Video:
     """One video file: `len(video)` frames, read by number in the order in which they are shown.
 
@@ -334,7 +334,7 @@ class Video:
             out[where] = picture
         return out
 
-# %% ../nbs/foundations/video.ipynb #225822f4
+# %% ../nbs/foundations/video.ipynb #51793e2f
 def probe(path):
     """The `VideoInfo` of a video file. Decodes its first frame, for size and rotation.
 
@@ -349,7 +349,7 @@ def probe(path):
     fps = (n - 1) / times[-1] if n > 1 else nominal
     return VideoInfo(n, float(fps), width, height, float(times[-1]) + last, codec, times)
 
-# %% ../nbs/foundations/video.ipynb #d5b818f2
+# %% ../nbs/foundations/video.ipynb #0730ba6a
 def read_frames(path, indices):
     "uint8 `[len(indices), H, W, 3]` RGB: the frames with these numbers (any order, repeats allowed). Raises `VideoError`."
     return Video(path).read(indices)

@@ -5,8 +5,9 @@ __all__ = ['SERVER', 'ZOO', 'START_WEIGHTS', 'MARKERS', 'Published', 'published'
            'read_metadata', 'read_weights', 'save_weights', 'save_legacy', 'guess_model', 'network_parameters',
            'load_weights', 'load_pretrained', 'convert', 'convert_command', 'fetch', 'unpack']
 
-# %% ../nbs/system/zoo.ipynb #362669ab
+# %% ../nbs/system/zoo.ipynb #e3c8a083
 import contextlib
+import fnmatch
 import hashlib
 import os
 import pickle
@@ -22,7 +23,7 @@ import numpy as np
 
 from .core import PvnbError, atomic_path, cache_dir, existing_file, nearest, restricted_load
 
-# %% ../nbs/system/zoo.ipynb #b4952c32
+# %% ../nbs/system/zoo.ipynb #7720e415
 @dataclass(frozen=True)
 class Published:
     "One published figure: `value` of `metric` on `dataset`, reached by the weights in `file` (None: never released) under `setting`."
@@ -43,7 +44,7 @@ class Published:
 
 SERVER = "https://paddlemodels.bj.bcebos.com"
 
-# %% ../nbs/system/zoo.ipynb #4ec4c489
+# %% ../nbs/system/zoo.ipynb #180a1da8
 def _rows(model, file, dataset, setting, figures, unit="fraction", folder="video_classification"):
     return tuple(Published(model, file, dataset, metric, value, unit, setting, folder) for metric, value in figures.items())
 
@@ -77,7 +78,7 @@ START_WEIGHTS = {  # model -> archive of ImageNet weights that its training star
     "NONLOCAL": "Nonlocal_ResNet50_pretrained.tar.gz",
 }
 
-# %% ../nbs/system/zoo.ipynb #d404f729
+# %% ../nbs/system/zoo.ipynb #6ffc1576
 def _plain(name): return str(name).lower().replace("-", "").replace("_", "").replace(" ", "")
 
 def published(model, metric=None):
@@ -96,7 +97,7 @@ def zoo_table():
     import pandas as pd
     return pd.DataFrame([{**asdict(r), "url": r.url} for r in ZOO]).drop(columns=["folder", "sha256"])
 
-# %% ../nbs/system/zoo.ipynb #fc9da36a
+# %% ../nbs/system/zoo.ipynb #1e653c8e
 _ELEMENT = {0: "bool", 1: "<i2", 2: "<i4", 3: "<i8", 4: "<f2", 5: "<f4", 6: "<f8", 20: "u1", 21: "i1"}  # Paddle's VarType -> NumPy
 
 def _varint(value):
@@ -115,7 +116,7 @@ def tensor_fields(array):
     return [("version", struct.pack("<I", 0)), ("levels", struct.pack("<Q", 0)), ("version", struct.pack("<I", 0)),
             ("size", struct.pack("<i", len(described))), ("description", described), ("data", array.astype(_ELEMENT[kind]).tobytes())]
 
-# %% ../nbs/system/zoo.ipynb #8619be68
+# %% ../nbs/system/zoo.ipynb #a64fc6ac
 class _Reader:
     "Walks through `data` (a buffer); every fault names the file, the entry and the offset."
     def __init__(self, data, where): self.data, self.where, self.at, self.entry = data, where, 0, 0
@@ -135,7 +136,7 @@ class _Reader:
         start, found = self.at, self.number("I", what)
         if found: self.fail(f"{what} is {found}, expected 0", start)
 
-# %% ../nbs/system/zoo.ipynb #97fa94b3
+# %% ../nbs/system/zoo.ipynb #919640a7
 def _read_varint(data, at):
     value = shift = 0
     while True:
@@ -163,7 +164,7 @@ def _description(data):
     if kind not in _ELEMENT: raise ValueError(f"element type {kind}, expected one of {sorted(_ELEMENT)}")
     return kind, tuple(axes)
 
-# %% ../nbs/system/zoo.ipynb #eb25afba
+# %% ../nbs/system/zoo.ipynb #617d90e1
 def _next_tensor(reader):
     "The tensor that begins at `reader.at`, copied out of the buffer."
     reader.expect_version("the version")
@@ -190,7 +191,7 @@ def _streams(path):
         reader.entry += 1
     return arrays
 
-# %% ../nbs/system/zoo.ipynb #c9440ce8
+# %% ../nbs/system/zoo.ipynb #e71b67da
 def weights_form(path):
     """What `path` holds, told by content: `'safetensors'`, `'npz'`, `'pickle'`, `'streams'`, `'folder'`, `'archive'`.
 
@@ -209,7 +210,7 @@ def weights_form(path):
     raise PvnbError(f"{path} is no weight file: it starts with {head[:8].hex(' ') or 'nothing'}; expected safetensors, npz, "
                     "a .pdparams pickle or tensor streams")
 
-# %% ../nbs/system/zoo.ipynb #f3820b08
+# %% ../nbs/system/zoo.ipynb #d6dc289c
 def _find(path):
     "`path`, or `path` + `.pdparams` as the original accepted it."
     path = Path(path).expanduser()
@@ -223,7 +224,7 @@ def _checked(path, arrays):
             raise PvnbError(f"{path}: entry {name!r} is {getattr(a, 'dtype', type(a).__name__)}, expected an array of numbers")
     return arrays
 
-# %% ../nbs/system/zoo.ipynb #ee34c7d7
+# %% ../nbs/system/zoo.ipynb #8fb1d602
 def _read_pickle(path):
     found = restricted_load(path)
     if not isinstance(found, dict): raise PvnbError(f"{path} pickles a {type(found).__name__}, expected a dictionary of arrays")
@@ -236,7 +237,7 @@ def _read_pickle(path):
         raise PvnbError(f"{path}: its sliced arrays do not join: {type(e).__name__}: {e}") from None
     return arrays
 
-# %% ../nbs/system/zoo.ipynb #1bfdc2e6
+# %% ../nbs/system/zoo.ipynb #2f8b0d99
 def _read_npz(path):
     arrays = {}
     try:
@@ -258,7 +259,7 @@ def _read_npy(file, size):
     if count * dtype.itemsize > size: raise ValueError(f"shape {shape} needs more than the {size} bytes of its entry")
     return np.frombuffer(file.read(count * dtype.itemsize), dtype, count).reshape(shape, order="F" if fortran else "C").copy()
 
-# %% ../nbs/system/zoo.ipynb #fb5b684a
+# %% ../nbs/system/zoo.ipynb #bf12ef19
 def _open_safetensors(path, take):
     "`take(file)` on an open safetensors file, its library's errors in one line."
     from safetensors import SafetensorError, safe_open
@@ -275,7 +276,7 @@ def read_metadata(path):
     path = _find(path)
     return _open_safetensors(path, lambda f: f.metadata() or {}) if weights_form(path) == "safetensors" else {}
 
-# %% ../nbs/system/zoo.ipynb #9d7c9dd2
+# %% ../nbs/system/zoo.ipynb #8e7702c1
 def _read_folder(path):
     files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
     if len(files) == 1 and files[0].is_dir(): return _read_folder(files[0])  # archives often wrap the folder in another
@@ -290,7 +291,7 @@ def _read_folder(path):
         arrays[p.name] = found[0]
     return arrays
 
-# %% ../nbs/system/zoo.ipynb #8a14184d
+# %% ../nbs/system/zoo.ipynb #ccbaca6c
 def _name_streams(path, names):
     arrays = _streams(path)
     if names is None:
@@ -309,7 +310,7 @@ def _few(items, n=3):
     "The first `n` of a list, and how many there are beyond."
     return ", ".join(map(str, items[:n])) + (f", and {len(items) - n} more" if len(items) > n else "")
 
-# %% ../nbs/system/zoo.ipynb #635724fd
+# %% ../nbs/system/zoo.ipynb #86723570
 def read_weights(path, names=None):
     """The arrays of a weight file: dict, name -> NumPy array. The form is told by content, see `weights_form`.
 
@@ -323,7 +324,7 @@ def read_weights(path, names=None):
     if form == "archive": return _read_folder(unpack(path))
     return {"folder": _read_folder, "pickle": _read_pickle, "npz": _read_npz, "safetensors": _read_safetensors}[form](path)
 
-# %% ../nbs/system/zoo.ipynb #25ce1dc0
+# %% ../nbs/system/zoo.ipynb #8a45bd61
 def save_weights(path, arrays, metadata=None):
     """Write `arrays` (name -> array) as safetensors, whole or not at all, with `metadata` (str -> str). Returns the path.
 
@@ -348,7 +349,7 @@ def save_legacy(path, arrays, form):
     with atomic_path(path) as tmp: tmp.write_bytes(data)
     return path
 
-# %% ../nbs/system/zoo.ipynb #e61dcf6e
+# %% ../nbs/system/zoo.ipynb #3393b09b
 MARKERS = {  # model -> the start of a name that only its files hold; looked at in this order
     "AttentionCluster": "satt0.shift_w", "AttentionLSTM": "lstm_0.w_0", "NEXTVLAD": "video_cluster_weights", "STNET": "xception_",
     "NONLOCAL": "nonlocal_conv", "CTCN": "loc_pred_conv", "BMN": "PEM_", "BSNTEM": "Pred.w_0", "ETS": "gru_unit_0.", "TALL": "v2s_lt_",
@@ -367,19 +368,20 @@ def network_parameters(network):
     state = network.state_dict()
     return {name: tuple(state[key].shape) for key, name in original_names(network).items()}
 
-# %% ../nbs/system/zoo.ipynb #d9245dbf
-def _match(state, keys, arrays, adapt=None):
+# %% ../nbs/system/zoo.ipynb #35c3a5f6
+def _match(state, keys, arrays, adapt=None, missing_ok=()):
     "(values by state key, faults by kind) for `keys`: state key -> name in the file."
-    values, wrong = {}, []
+    values, wrong, odd = {}, [], []
     for key, name in keys.items():
         if name not in arrays: continue
         a = np.asarray(adapt(name, arrays[name]) if adapt else arrays[name])
         if tuple(a.shape) != tuple(state[key].shape): wrong.append(f"{name} {list(a.shape)} instead of {list(state[key].shape)}")
+        if (a.dtype.kind == "f") != ("float" in str(state[key].dtype)): odd.append(f"{name} {a.dtype} instead of {str(state[key].dtype)[7:]}")
         values[key] = a
     wanted = set(keys.values())
-    missing = [f"{n} {list(state[k].shape)}" for k, n in keys.items() if n not in arrays]
+    missing = [f"{n} {list(state[k].shape)}" for k, n in keys.items() if n not in arrays and not any(fnmatch.fnmatchcase(n, p) for p in missing_ok)]
     surplus = [f"{n} {list(a.shape)}" for n, a in arrays.items() if n not in wanted]
-    return values, {"wrong shape": wrong, "missing": missing, "surplus": surplus}
+    return values, {"wrong shape": wrong, "wrong type": odd, "missing": missing, "surplus": surplus}
 
 def _set(network, state, values):
     "Give the state entries their values, buffers too, in the type that they have."
@@ -390,36 +392,40 @@ def _set(network, state, values):
 
 def _say(faults): return "; ".join(f"{len(items)} {kind}: {_few(items)}" for kind, items in faults.items() if items)
 
-# %% ../nbs/system/zoo.ipynb #072b0a2e
+# %% ../nbs/system/zoo.ipynb #4c2c8123
 def _own_or_original(network, path, state):
     "(arrays, keys: state key -> name in the file, whether the names are the original's)"
     if read_metadata(path).get("format", "").startswith("paddlevideo_nb training checkpoint"):
         return _read_safetensors(path, "network."), {k: k for k in state}, False
-    arrays = read_weights(path, network_parameters(network) if weights_form(path) == "streams" else None)
+    ignored = getattr(network, "original_ignored", ())
+    arrays = read_weights(path, {**network_parameters(network), **dict.fromkeys(ignored)} if weights_form(path) == "streams" else None)
     from paddlevideo_nb.layers.naming import original_names
     try: names = original_names(network)
     except PvnbError: names = {}  # a network that the original does not have
     own, old = len(arrays.keys() & state.keys()), len(arrays.keys() & set(names.values()))
-    if names and (old > own or old == own == 0 and guess_model(arrays)): return arrays, names, True
+    if names and (old > own or old == own == 0 and guess_model(arrays)):
+        return {n: a for n, a in arrays.items() if n not in ignored}, names, True
     return arrays, {k: k for k in state}, False
 
-def load_weights(network, path):
+def load_weights(network, path, missing_ok=()):
     """Put the weights in `path` into `network` and return it. Its whole state is set, or `PvnbError` is raised and nothing is.
 
     `path`: a file of this library (also a training checkpoint: `network.*` is taken), or any form that `read_weights` knows, with the
-    original's names; `network.adapt_original(name, array)`, if defined, then gives each array in the shape of today.
-    The error lists wrong shapes, missing and surplus names together, and the model that the file seems to belong to.
+    original's names; `network.adapt_original(name, array)`, if defined, then gives each array in the shape of today,
+    and `network.original_ignored` lists names that an old file holds and the network does not need.
+    `missing_ok`: names in the file (`*` stands for anything) that may be missing; what they name keeps its value.
+    The error lists wrong shapes and types, missing and surplus names together, and the model that the file seems to belong to.
     """
     path, state = _find(path), network.state_dict()
     arrays, keys, original = _own_or_original(network, path, state)
-    values, faults = _match(state, keys, arrays, getattr(network, "adapt_original", None) if original else None)
+    values, faults = _match(state, keys, arrays, getattr(network, "adapt_original", None) if original else None, missing_ok)
     if any(faults.values()):
         found, own = guess_model(arrays), guess_model(keys.values()) if original else None
         hint = f" (the names are those of {found})" if found and found != own else ""
         raise PvnbError(f"{path} does not fit {type(network).__name__}{hint}: {_say(faults)}")
     return _set(network, state, values)
 
-# %% ../nbs/system/zoo.ipynb #c31d7d85
+# %% ../nbs/system/zoo.ipynb #46277c76
 def load_pretrained(network, path, skip=("fc_0",)):
     """Start `network` from ImageNet weights under the original's names. Returns {"loaded", "unused", "missing"}: lists of original names.
 
@@ -436,12 +442,13 @@ def load_pretrained(network, path, skip=("fc_0",)):
     fitted = {n: a for n, a in fitted.items() if a is not None}
     values, faults = _match(state, wanted, fitted)
     if not values: raise PvnbError(f"{path}: none of its {len(arrays)} names belongs to {type(network).__name__} (it holds {_few(list(arrays))})")
-    if faults["wrong shape"]: raise PvnbError(f"{path} does not fit {type(network).__name__}: {_say({'wrong shape': faults['wrong shape']})}")
+    wrong = {kind: faults[kind] for kind in ("wrong shape", "wrong type")}
+    if any(wrong.values()): raise PvnbError(f"{path} does not fit {type(network).__name__}: {_say(wrong)}")
     _set(network, state, values)
     return {"loaded": list(fitted), "unused": [n for n in arrays if n not in fitted],
             "missing": list(dict.fromkeys(n for n in names.values() if n not in fitted))}
 
-# %% ../nbs/system/zoo.ipynb #0bcd9529
+# %% ../nbs/system/zoo.ipynb #47c0e4fd
 def convert(old, new, names=None):
     "Rewrite the weights in `old` (any form) as safetensors in `new`, names and values unchanged. Returns the path written."
     old, new = _find(old), Path(new).expanduser()
@@ -471,12 +478,12 @@ def _names_of(model, config):
     config = load_config(config) if config else None
     return network_parameters(create_model(model or config.MODEL.name, config=config))
 
-# %% ../nbs/system/zoo.ipynb #e88de7a9
+# %% ../nbs/system/zoo.ipynb #357854b9
 def _source(url_or_model):
     "(URL, file name, SHA-256 or None) for a URL, a model or the name of a published file."
     text = str(url_or_model)
     if "://" in text: return text, text.split("?")[0].rstrip("/").rsplit("/", 1)[-1], None
-    if text in START_WEIGHTS.values(): return f"{SERVER}/video_classification/{text}", text, None
+    if (start := text.removesuffix(".tar.gz") + ".tar.gz") in START_WEIGHTS.values(): return f"{SERVER}/video_classification/{start}", start, None
     row = next((r for r in ZOO if r.file == text), None) or published(text)
     return row.url, row.file, row.sha256
 
@@ -487,7 +494,7 @@ def _check_sum(path, expected, what):
     if expected and (found := _sha256(path)) != expected.lower():
         raise PvnbError(f"{what}: SHA-256 is {found}, expected {expected.lower()}")
 
-# %% ../nbs/system/zoo.ipynb #1be9b304
+# %% ../nbs/system/zoo.ipynb #78337a90
 class _Again(Exception):
     "A download that broke off and may go on."
 
@@ -504,7 +511,7 @@ def _begin(response, have):
     length = response.headers.get("Content-Length", "")
     return 0, int(length) if length.isdigit() else None
 
-# %% ../nbs/system/zoo.ipynb #bb41b103
+# %% ../nbs/system/zoo.ipynb #294835b6
 def _attempt(url, part, timeout):
     "Bring `part` up to the whole file, as far as the connection lasts. Raises `_Again` where it breaks off."
     import requests
@@ -526,7 +533,7 @@ def _attempt(url, part, timeout):
                 bar.update(len(block))
     if total is not None and (size := part.stat().st_size) != total: raise _Again(f"{size} of {total} bytes arrived")
 
-# %% ../nbs/system/zoo.ipynb #631b741d
+# %% ../nbs/system/zoo.ipynb #168591e9
 def fetch(url_or_model, dest=None, sha256=None, attempts=3, timeout=20):
     """Download a published file and return its path; one that is already there is not asked for again.
 
@@ -566,7 +573,7 @@ def _keep(part, dest, sha256, url):
     os.replace(part, dest)
     return dest
 
-# %% ../nbs/system/zoo.ipynb #386bbcfe
+# %% ../nbs/system/zoo.ipynb #7181e872
 def unpack(archive, limit=8 << 30):
     """Unpack a .tar.gz inside the cache and return the folder; done once per content.
 

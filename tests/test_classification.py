@@ -63,18 +63,23 @@ def test_infinite_scores_rank():
     (np.zeros((3, 4)), [-2, 1, 1], "from -2 to 1"), (np.zeros(4), [0], r"scores have shape \[4\]"), (np.zeros((2, 0)), [0, 0], r"\[2, 0\]"),
     (np.zeros((2, 3)), [0., 1.], "float64, expected integers"), (np.zeros((2, 3)), np.zeros((2, 2), int), r"\[2, 2\]")])
 def test_faults_are_named(scores, labels, text):
-    with pytest.raises(PvnbError, match=text): topk_accuracy(scores, labels, 1)
+    with pytest.raises(PvnbError, match=text):
+        topk_accuracy(scores, labels, 1)
 
 
 def test_nothing_to_count():
-    with pytest.raises(PvnbError, match="no video"): ClipAccuracy().compute()
-    with pytest.raises(PvnbError, match="no sample"): topk_accuracy(np.zeros((0, 3)), np.zeros(0, int))
-    with pytest.raises(PvnbError, match="k is 0"): topk_accuracy(np.zeros((1, 3)), [0], 0)
+    with pytest.raises(PvnbError, match="no video"):
+        ClipAccuracy().compute()
+    with pytest.raises(PvnbError, match="no sample"):
+        topk_accuracy(np.zeros((0, 3)), np.zeros(0, int))
+    with pytest.raises(PvnbError, match="k is 0"):
+        topk_accuracy(np.zeros((1, 3)), [0], 0)
 
 
 def test_a_bad_batch_counts_nothing():
     metric = ClipAccuracy()
-    with pytest.raises(PvnbError): metric.update({"probabilities": np.zeros((2, 3))}, {"label": np.array([0, 3])})
+    with pytest.raises(PvnbError):
+        metric.update({"probabilities": np.zeros((2, 3))}, {"label": np.array([0, 3])})
     assert metric.videos == 0
 
 
@@ -105,11 +110,13 @@ def test_confusion_and_classes():
     assert found[[0, 1, 3]].tolist() == [.5, .5, 1] and np.isnan(found[2])
     assert np.trace(table)/table.sum() == topk_accuracy(scores, labels, 1)
     assert confusion_matrix(scores, labels, 6).shape == (6, 6)
-    with pytest.raises(PvnbError, match="4 classes, expected 3"): confusion_matrix(scores, np.zeros(6, int), 3)
+    with pytest.raises(PvnbError, match="4 classes, expected 3"):
+        confusion_matrix(scores, np.zeros(6, int), 3)
 
 
 def test_pairs():
     scores = np.array([[.6, .4, 9, 0], [.6, .4, 9, 0], [0, 0, .5, .5]])
     assert within_pair_accuracy(scores, [0, 1, 2]) == .5
     assert within_pair_accuracy(scores, [0, 0, 3]) == 2.5/3
-    with pytest.raises(PvnbError, match="pair up"): within_pair_accuracy(scores[:, :3], [0, 1, 2])
+    with pytest.raises(PvnbError, match="pair up"):
+        within_pair_accuracy(scores[:, :3], [0, 1, 2])

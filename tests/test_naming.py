@@ -32,7 +32,8 @@ def test_shared_layers_and_shared_tensors():
 def test_state_that_the_original_lacks():
     net = named(nn.Linear(2, 2, bias_attr=False), weight="w")
     net.register_buffer("seen", import_paddle().zeros([1]))
-    with pytest.raises(PvnbError, match=r"no original name for seen \(1 in all\)"): original_names(net)
+    with pytest.raises(PvnbError, match=r"no original name for seen \(1 in all\)"):
+        original_names(net)
     assert original_names(named(net, seen=None)) == {"weight": "w"}
 
 
@@ -46,13 +47,15 @@ def test_buffers_that_are_not_saved_need_no_name():
     ({"weight": "w"}, r"no original name for 0.bias \(1 in all\)"), ({"weight": "w", "bias": "w"}, "0.weight and 0.bias are both called 'w'"),
     ({"weight": "w", "bias": "b", "wieght": "w"}, "names 'wieght' 'w', but has no such tensor")])
 def test_faults_are_named(names, text):
-    with pytest.raises(PvnbError, match=text): original_names(nn.Sequential(named(nn.Linear(2, 2), **names)))
+    with pytest.raises(PvnbError, match=text):
+        original_names(nn.Sequential(named(nn.Linear(2, 2), **names)))
 
 
 def test_one_tensor_with_two_names():
     a, b = (named(nn.Linear(2, 2, bias_attr=False), weight=n) for n in ("u", "v"))
     b.weight = a.weight
-    with pytest.raises(PvnbError, match="1.weight is called both 'u' and 'v'"): original_names(nn.Sequential(a, b))
+    with pytest.raises(PvnbError, match="1.weight is called both 'u' and 'v'"):
+        original_names(nn.Sequential(a, b))
 
 
 def test_tsn_has_the_names_and_shapes_of_the_recorded_program(repo):

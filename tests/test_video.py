@@ -99,7 +99,7 @@ def test_jumps_save_decoding(tmp_path, monkeypatch):
     write_video(tmp_path/"a.mp4", film(), gop=10)
     converted, decoded = [], []
     upright, number = V._upright, V._number
-    monkeypatch.setattr(V, "_upright", lambda frame: (converted.append(1), upright(frame))[1])
+    monkeypatch.setattr(V, "_upright", lambda *a: (converted.append(1), upright(*a))[1])
     monkeypatch.setattr(V, "_number", lambda *a: (decoded.append(1), number(*a))[1])
     read_frames(tmp_path/"a.mp4", [35, 35, 1])
     assert len(converted) == 2 and len(decoded) <= 15  # frames 0, 1 and 30 to 35, and B-frames before them

@@ -572,3 +572,38 @@ def test_fetch_offline(home, monkeypatch):
     assert Z.fetch("tsn") == home/"weights"/"TSN.pdparams"
     with pytest.raises(PvnbError, match="no published model"):
         Z.fetch("nothing")
+
+
+# ---- what a network may say about its file
+
+def test_missing_ok(tmp_path, old):
+    del old["bn_conv1_mean"], old["bn_conv1_variance"]
+    path = Z.save_legacy(tmp_path/"x", old, 1)
+    with pytest.raises(PvnbError, match="2 missing"):
+        Z.load_weights(small(), path)
+    with pytest.raises(PvnbError, match=r"1 missing: bn_conv1_variance"):
+        Z.load_weights(small(), path, missing_ok=["bn_conv1_mean"])
+    net = Z.load_weights(small(), path, missing_ok=["bn_*"])
+    assert (state(net)["1._mean"] == 0).all() and np.array_equal(state(net)["0.weight"], old["conv1_weights"])
+
+
+def test_original_ignored(tmp_path, old):
+    extra = {**old, "sample_mask": np.ones((2, 3), "float32")}
+    for form in (1, 2, 3):
+        path, net = Z.save_legacy(tmp_path/str(form), extra, form), small()
+        with pytest.raises(PvnbError):
+            Z.load_weights(net, path)
+        net.original_ignored = ("sample_mask",)
+        assert np.array_equal(state(Z.load_weights(net, path))["4.bias"], old["fc_0.b_0"])
+
+
+def test_wrong_type(tmp_path, old):
+    path = Z.save_legacy(tmp_path/"x", {**old, "fc_0.b_0": np.arange(3)}, 1)
+    with pytest.raises(PvnbError, match="1 wrong type: fc_0.b_0 int64 instead of float32"):
+        Z.load_weights(small(), path)
+    half = {n: a.astype("float64" if "fc" in n else "float16") for n, a in old.items()}  # precision may differ
+    assert state(Z.load_weights(small(), Z.save_legacy(tmp_path/"y", half, 1)))["4.bias"].dtype == np.float32
+
+
+def test_start_weights_by_name():
+    assert Z._source("ResNet50_pretrained")[:2] == Z._source("ResNet50_pretrained.tar.gz")[:2]

@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'read_list', 'read_pickle', 'decode_jpegs', 'write_pickle', 'read_clip', 'KineticsDataset',
            'write_label_list', 'read_label_list', 'write_file_list', 'prepare_pickles', 'kinetics_command']
 
-# %% ../../nbs/foundations/kinetics.ipynb #633d1802
+# %% ../../nbs/foundations/kinetics.ipynb #e33bbb49
 import argparse
 import concurrent.futures
 import contextlib
@@ -24,7 +24,7 @@ from .loader import Skipped, sample_rng
 from ..transforms import ClipTransform, resize, sample_frames
 from ..video import Video, VideoError, iter_frames
 
-# %% ../../nbs/foundations/kinetics.ipynb #9bc11251
+# %% ../../nbs/foundations/kinetics.ipynb #abdb94a3
 def read_list(path, format="mp4", labelled=True, num_classes=None):
     """`[(path, label or None)]` of a list file: lines `path label` for `format` "mp4", lines `path` for "pkl". Blank lines are passed over.
 
@@ -57,7 +57,7 @@ def _lines(path, what):
     except UnicodeDecodeError:
         raise PvnbError(f"{what} {path} is not a text file in UTF-8") from None
 
-# %% ../../nbs/foundations/kinetics.ipynb #66792b9e
+# %% ../../nbs/foundations/kinetics.ipynb #528870c5
 def read_pickle(path):
     """`(name, label, frames)` of a pickled clip: str, int (or None where it holds none), list of JPEG bytes. Written by Python 2 or 3.
 
@@ -89,7 +89,7 @@ def decode_jpegs(frames, path):
         raise VideoError(f"{path}: its frames differ in size")
     return np.stack([decoded[id(data)] for data in frames])
 
-# %% ../../nbs/foundations/kinetics.ipynb #fc9ce286
+# %% ../../nbs/foundations/kinetics.ipynb #2635dab5
 def _text2(data):
     "The opcode of a Python 2 `str`: T, length, bytes."
     return b"T" + struct.pack("<i", len(data)) + data
@@ -106,7 +106,7 @@ def write_pickle(path, name, label, frames):
             f.write(_text2(data))
         f.write(b"e\x87.")                           # append what follows the mark; a tuple of three; the end
 
-# %% ../../nbs/foundations/kinetics.ipynb #1e3d4d53
+# %% ../../nbs/foundations/kinetics.ipynb #df17901e
 def read_clip(file, format, choose):
     """`(frames uint8 [T, H, W, 3], label or None, name)` of a clip file. `choose(n)` gives the numbers of the wanted frames of a clip of n frames.
 
@@ -122,7 +122,7 @@ def _check_choice(value, known, what):
     if value not in known:
         raise PvnbError(f"unknown {what} {value!r} of a Kinetics data set, expected one of {', '.join(known)}")
 
-# %% ../../nbs/foundations/kinetics.ipynb #f8e306f4
+# %% ../../nbs/foundations/kinetics.ipynb #11ace7c4
 class KineticsDataset(paddle.io.Dataset):
     """Clips of a list file (`read_list`), or with `mode="infer"` the one file `video_path`.
 
@@ -132,7 +132,7 @@ class KineticsDataset(paddle.io.Dataset):
     Raises `PvnbError` for a list that is missing or malformed, a label outside of `num_classes`, an unknown mode (train, valid, test, infer) or format (mp4, pkl).
     """
     def __init__(self, filelist=None, mode="train", format="mp4", seg_num=3, seglen=1, short_size=256, target_size=224, image_mean=(0.485, 0.456, 0.406),
-                 image_std=(0.229, 0.224, 0.225), seed=0, cache=False, multi_scale=False, video_path="", num_classes=None):
+                 image_std=(0.229, 0.224, 0.225), seed=0, cache=False, multi_scale=False, flip=True, video_path="", num_classes=None):
         super().__init__()
         _check_choice(mode, ("train", "valid", "test", "infer"), "mode")
         _check_choice(format, ("mp4", "pkl"), "format")
@@ -142,7 +142,7 @@ class KineticsDataset(paddle.io.Dataset):
         self.items = [(str(video_path), None)] if video_path else read_list(filelist, format, mode != "infer", num_classes)
         self.folder = Path(filelist).parent if filelist else Path()
         self.choice = dict(seg_num=seg_num, seglen=seglen, mode=mode, source=self.format)
-        self.transform = ClipTransform(mode, seg_num, seglen, short_size, target_size, image_mean, image_std, multi_scale)
+        self.transform = ClipTransform(mode, seg_num, seglen, short_size, target_size, image_mean, image_std, multi_scale, flip)
         self.num_classes, self.cached = num_classes, {} if cache else None
 
     def __len__(self): return len(self.items)
@@ -160,7 +160,7 @@ class KineticsDataset(paddle.io.Dataset):
         about = {"name": name} if self.mode == "infer" else {"label": np.array([label], np.int64)}
         return {"image": self.transform(frames, rng), **about}  # image: [seg_num, 3 * seglen, S, S]
 
-# %% ../../nbs/foundations/kinetics.ipynb #1a58366c
+# %% ../../nbs/foundations/kinetics.ipynb #c522b03d
 def _chosen(data, index, rng):
     "(frames uint8 `[seg_num * seglen, H, W, 3]`, label, name) of item `index` of a `KineticsDataset`, from its file or its cache."
     def choose(n):
@@ -184,7 +184,7 @@ def _labelled(data, index, choose):
         raise PvnbError(f"{file}: label {label} is not in 0 .. {data.num_classes - 1 if data.num_classes else '...'}")
     return frames, label, path if data.format == "mp4" else name
 
-# %% ../../nbs/foundations/kinetics.ipynb #1a33af4f
+# %% ../../nbs/foundations/kinetics.ipynb #1295b77f
 def _read_csv(path, needed=("label", "youtube_id", "time_start", "time_end")):
     "Rows (dicts, with their line number) of a Kinetics csv. Raises `PvnbError` naming file and line, or the missing columns."
     rows = csv.DictReader(_lines(path, "Kinetics csv"))
@@ -208,7 +208,7 @@ def read_label_list(path):
     return {label: index for label, index in (_path_and_label(line.strip(), f"{path} line {i}", True)
                                               for i, line in enumerate(_lines(path, "label list"), 1) if line.strip())}
 
-# %% ../../nbs/foundations/kinetics.ipynb #5e11a41a
+# %% ../../nbs/foundations/kinetics.ipynb #45b2b1a6
 def _clip_name(row):
     "The name of a cut clip: id, start and end second, six digits each (as the download tool of ActivityNet's authors names it)."
     try:
@@ -240,7 +240,7 @@ def write_file_list(csv_path, video_root, labels, out):
     write_text(out, "".join(found))
     return {"clips": len(found), "missing": len(items) - len(found)}
 
-# %% ../../nbs/foundations/kinetics.ipynb #caec3f7f
+# %% ../../nbs/foundations/kinetics.ipynb #f52a734b
 def _jobs(source, video_root, out_dir, labels):
     "[(video file, name, label, pickle file)] of a csv or of a list `path label`."
     if "youtube_id" in (_lines(source, "csv or list file") or [""])[0]:
@@ -265,7 +265,7 @@ def _below(path, root):
     "The parts of an absolute path below `root`, or its name alone."
     return path.relative_to(root).parts if root and path.is_relative_to(root) else (path.name,)
 
-# %% ../../nbs/foundations/kinetics.ipynb #ca169713
+# %% ../../nbs/foundations/kinetics.ipynb #a34dad8f
 def _make_pickle(job, quality=95):
     "Write one pickle; returns (job, None) or (job, message). Runs in a worker process."
     file, name, label, out = job
@@ -289,7 +289,7 @@ def _is_done(job):
         return f.read(len(head)) == head
     return False
 
-# %% ../../nbs/foundations/kinetics.ipynb #8fe3fa91
+# %% ../../nbs/foundations/kinetics.ipynb #dbe8b458
 def prepare_pickles(source, video_root, out_dir, workers=None, labels=None, progress=True):
     """Turn the video files of a Kinetics csv (with its `labels` file), or of a list `path label`, into pickles of JPEG frames below `out_dir`.
 
@@ -318,7 +318,7 @@ def prepare_pickles(source, video_root, out_dir, workers=None, labels=None, prog
     write_text(Path(out_dir)/"failures.txt", "".join(f"{job[0]}\t{failed[job[3]]}\n" for job in jobs if job[3] in failed))
     return {"made": len(todo) - len(failed), "kept": len(jobs) - len(todo), "failed": len(failed)}
 
-# %% ../../nbs/foundations/kinetics.ipynb #5cc26331
+# %% ../../nbs/foundations/kinetics.ipynb #17cd4683
 def kinetics_command(argv=None):
     "`pvnb data kinetics ...`; returns the exit code, 0 (argparse exits by itself on wrong arguments). Raises `PvnbError`."
     parser = argparse.ArgumentParser(prog="pvnb data kinetics", description="Prepare Kinetics, or any labelled clips, for training.")

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'sample_rng', 'epoch_order', 'Skipped', 'collate', 'Loader', 'make_loader']
 
-# %% ../../nbs/foundations/loader.ipynb #67226e4b
+# %% ../../nbs/foundations/loader.ipynb #b5665deb
 import shutil
 import traceback
 
@@ -13,12 +13,12 @@ from ..core import PvnbError, import_paddle
 
 paddle = import_paddle()
 
-# %% ../../nbs/foundations/loader.ipynb #1bb897ec
+# %% ../../nbs/foundations/loader.ipynb #01c75196
 def sample_rng(seed, epoch, index):
     "The NumPy Generator for the augmentation of sample `index` in `epoch` (all ints >= 0). The same triple gives the same draws in any process."
     return np.random.default_rng([int(seed), int(epoch), int(index)])
 
-# %% ../../nbs/foundations/loader.ipynb #9110e278
+# %% ../../nbs/foundations/loader.ipynb #e78ca610
 def epoch_order(n, shuffle=False, seed=0, epoch=0, rank=0, world=1):
     "int64 `[ceil(n / world)]`: the sample indices that process `rank` of `world` reads in `epoch`, in order. Raises `PvnbError` for n < 1 or a rank outside of the world."
     if n < 1:
@@ -28,7 +28,7 @@ def epoch_order(n, shuffle=False, seed=0, epoch=0, rank=0, world=1):
     order = np.random.default_rng([int(seed), int(epoch)]).permutation(n) if shuffle else np.arange(n)
     return np.resize(order, -(-n // world) * world)[rank::world]  # np.resize repeats from the beginning
 
-# %% ../../nbs/foundations/loader.ipynb #91e5fbdc
+# %% ../../nbs/foundations/loader.ipynb #316436aa
 class Skipped:
     "Stands in for a sample that cannot be read. `message`: one line naming the file and the reason."
     def __init__(self, message):
@@ -58,7 +58,7 @@ def collate(samples):
         batch[key] = np.stack(arrays)
     return batch
 
-# %% ../../nbs/foundations/loader.ipynb #472ac90d
+# %% ../../nbs/foundations/loader.ipynb #f972f5ab
 _MARK = "_batch"  # an array in every batch, since Paddle takes a batch without arrays for the end
 
 class _Reader(paddle.io.Dataset):
@@ -94,7 +94,7 @@ class _Collate:
             batch = {"error": failure.text, "expected": int(failure.expected)}
         return {**batch, _MARK: np.zeros(1, np.int32)}
 
-# %% ../../nbs/foundations/loader.ipynb #86e36668
+# %% ../../nbs/foundations/loader.ipynb #f47ca8ff
 class Loader(paddle.io.DataLoader):
     "`paddle.io.DataLoader` that raises what the data set raised, `PvnbError` as such and in one line, any other exception with its traceback."
     def __iter__(self):
@@ -116,7 +116,7 @@ def _shared_memory(needed=2**28):
     except OSError:
         return False
 
-# %% ../../nbs/foundations/loader.ipynb #47141554
+# %% ../../nbs/foundations/loader.ipynb #356c9014
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, epoch=0, workers=0, skip_batches=0, drop_last=False, rank=0, world=1):
     """A loader over one epoch: an iterable of dicts, key -> tensor `[B, ...]` or list of strings, and `"skipped"`, a list of messages (see `collate`).
 

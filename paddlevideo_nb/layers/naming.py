@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['paddle', 'named', 'named_batch_norm', 'original_names']
 
-# %% ../../nbs/foundations/naming.ipynb #fe81b80f
+# %% ../../nbs/foundations/naming.ipynb #cadc8004
 from ..core import PvnbError, import_paddle
 
 paddle = import_paddle()
 
-# %% ../../nbs/foundations/naming.ipynb #e9b26382
+# %% ../../nbs/foundations/naming.ipynb #0b7d3636
 def named(layer, **names):
     """`layer`, after noting the original name of each of its own parameters and buffers.
 
@@ -21,7 +21,7 @@ def named_batch_norm(layer, prefix):
     "A batch norm under the ResNet naming: `<prefix>_scale`, `_offset`, `_mean`, `_variance`."
     return named(layer, weight=f"{prefix}_scale", bias=f"{prefix}_offset", _mean=f"{prefix}_mean", _variance=f"{prefix}_variance")
 
-# %% ../../nbs/foundations/naming.ipynb #c900f4ba
+# %% ../../nbs/foundations/naming.ipynb #31e96dc9
 def _noted(network):
     "id of a tensor -> (the tensor, its original name), from what the layers note."
     found = {}

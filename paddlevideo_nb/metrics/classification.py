@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['topk_hits', 'topk_accuracy', 'ClipAccuracy', 'confusion_matrix', 'per_class_accuracy', 'within_pair_accuracy']
 
-# %% ../../nbs/foundations/classification.ipynb #761b6fd9
+# %% ../../nbs/foundations/classification.ipynb #50c9b2a5
 import numpy as np
 
 from ..core import PvnbError
 
-# %% ../../nbs/foundations/classification.ipynb #1883907e
+# %% ../../nbs/foundations/classification.ipynb #8583dbf7
 def _checked(scores, labels):
     "(scores [N, C], labels [N]) as arrays, or `PvnbError`."
     scores, labels = np.asarray(scores), np.asarray(labels)
@@ -22,7 +22,7 @@ def _checked(scores, labels):
 
 def _ranking(scores): return np.argsort(-scores, axis=1, kind="stable")  # [N, C], best class first
 
-# %% ../../nbs/foundations/classification.ipynb #3e60c12f
+# %% ../../nbs/foundations/classification.ipynb #17394c74
 def topk_hits(scores, labels, k):
     """Whether each true class is among the `k` highest scores: bool [N].
 
@@ -40,7 +40,7 @@ def topk_accuracy(scores, labels, k=1):
     if not len(hits): raise PvnbError("no sample to take an accuracy of")
     return float(hits.mean())
 
-# %% ../../nbs/foundations/classification.ipynb #d530c194
+# %% ../../nbs/foundations/classification.ipynb #052ae5a4
 class ClipAccuracy:
     "Top-1, top-5 and mean loss over batches: `update`, then `compute`; `reset` starts again."
     def __init__(self): self.reset()
@@ -61,7 +61,7 @@ class ClipAccuracy:
         if not self.videos: raise PvnbError("no video was counted, so there is no accuracy")
         return {"loss": self.loss/self.videos, "top1": self.hits1/self.videos, "top5": self.hits5/self.videos, "videos": self.videos}
 
-# %% ../../nbs/foundations/classification.ipynb #99250842
+# %% ../../nbs/foundations/classification.ipynb #070ad5d2
 def confusion_matrix(scores, labels, n_classes):
     """int [n_classes, n_classes]: rows are true classes, columns the top-1 answers. `scores` [N, C], C at most n_classes; `labels` [N] or [N, 1].
 
@@ -78,7 +78,7 @@ def per_class_accuracy(confusion):
     total = confusion.sum(axis=1)
     return np.divide(np.diag(confusion), total, out=np.full(len(total), np.nan), where=total > 0)
 
-# %% ../../nbs/foundations/classification.ipynb #ea655fb3
+# %% ../../nbs/foundations/classification.ipynb #cff0e25d
 def within_pair_accuracy(scores, labels):
     "The share, 0..1, of samples whose true class outscores its partner, where classes 2i and 2i+1 are partners. Ties count one half."
     scores, labels = _checked(scores, labels)

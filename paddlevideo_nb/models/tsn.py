@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'TSN']
 
-# %% ../../nbs/papers/tsn.ipynb #445c0a7c
+# %% ../../nbs/papers/tsn.ipynb #16ebb9c0
 from ..core import import_paddle
 from ..layers.naming import named
 from ..layers.resnet import ResNet
@@ -11,7 +11,7 @@ from ..layers.resnet import ResNet
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/tsn.ipynb #8f8767cc
+# %% ../../nbs/papers/tsn.ipynb #0068baaf
 class TSN(nn.Layer):
     """Temporal Segment Network: `image [N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
@@ -30,7 +30,7 @@ class TSN(nn.Layer):
         n, t = image.shape[:2]
         x = self.trunk(image.flatten(0, 1))           # [N*T, D, H/32, W/32]
         x = x.mean(axis=[2, 3])                       # [N*T, D]
-        return x.reshape([n, t, x.shape[1]]).mean(1)  # [N, D]   Eq. 1
+        return x.reshape([n, t, x.shape[1]]).mean(1)  # [N, D], Eq. 1
 
     def forward(self, image):
         return self.fc(self.features(image))          # [N, num_classes]
