@@ -92,6 +92,7 @@ def _set(network, values):
             raise PvnbError(f"{name} has shape {list(state[key].shape)}, recorded {list(array.shape)}")
         state[key].set_value(array)
 
+# %% ../nbs/system/parity.ipynb #a615c530
 def _without_dropout(network):
     for layer in network.sublayers():
         if isinstance(layer, (paddle.nn.Dropout, paddle.nn.Dropout2D)): layer.p = 0.0
@@ -279,6 +280,7 @@ def _json_kind(path):
 
 def _is_network(path): return path.is_file() and _json_kind(path) == "network"
 
+# %% ../nbs/system/parity.ipynb #7359851d
 def check_case(name, kind, path):
     "The rows of one case. What fails with an error gives one FAIL row that says why; what is to come, one `not built` row."
     def one(what, verdict): return [{"case": name, "what": what, "absolute": np.inf, "relative": np.inf, "verdict": verdict}]

@@ -169,6 +169,7 @@ def has_features(path, name, settings):
         with h5py.File(path, "r") as file: return name in file and all(file[name].attrs.get(k) == v for k, v in settings.items())
     except OSError as e: raise PvnbError(f"{path} is not a readable HDF5 file: {e}") from None
 
+# %% ../nbs/system/prediction.ipynb #73dd50db
 EXTRACT_OPTIONS = {k: OPTIONS[k] for k in ("weights", "use_gpu")} | {
     "video_path": (str, None, "a video, or a folder of videos"), "out": (str, "features.h5", "HDF5 file, one group a video; videos that it holds are kept"),
     "snippet_seconds": (float, 1.0, "seconds a snippet"), "!batch_size": (int, None, "snippets a batch"),

@@ -24,6 +24,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0] if message.startswith("unrecognized") else ""
         raise PvnbError(f"{self.prog}: {message}{nearest(unknown, self._option_string_actions) if unknown else ''}")
 
+# %% ../nbs/system/runs.ipynb #ba4248d3
 def run_arguments(program, argv, options, sections=()):
     """Read a command line: returns (namespace of options, `Config`).
 
@@ -61,6 +62,7 @@ def _pair(word):
     try: return key, yaml.safe_load(value)
     except yaml.YAMLError: return key, value
 
+# %% ../nbs/system/runs.ipynb #f699802a
 def _config_name(model, config):
     "The configuration asked for; a path of 2019 that is not there means the packaged file of that name."
     from paddlevideo_nb.tasks import CONFIGS, find_model

@@ -34,8 +34,7 @@ class ClipTask:
     def __init__(self, config):
         self.config, self.name = config, find_model(config.MODEL.name)
 
-    def network(self):
-        "A new network as the MODEL section says, freshly initialised."
+    def network(self):  # a new one, freshly initialised
         return self.networks[self.name](self.config.MODEL)
 
     def batch_size(self, mode): return int(self.config.value(mode, "batch_size", 1))

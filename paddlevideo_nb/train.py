@@ -153,9 +153,8 @@ def fit(task, *, network=None, epochs=None, seed=0, save_dir=None, resume=None, 
     train_data = task.dataset("train", seed=seed, cache=cache) if train_data is None else train_data
     if valid_data is None and valid_interval: valid_data = task.dataset("valid", cache=cache)
     network = _start(task, network, seed, pretrain)
-    optimizer, schedule = task.optimizer(network)
-    state, book = (network, optimizer, schedule), _Book(task, seed, save_dir)
-    if resume: book.place |= load_checkpoint(resume, task, network, optimizer)
+    state, book = (network, *task.optimizer(network)), _Book(task, seed, save_dir)
+    if resume: book.place |= load_checkpoint(resume, task, *state[:2])
     if not len(train_data): raise PvnbError(f"{task.name}: the training data is empty")
     size, place = min(task.batch_size("train"), len(train_data)), book.place
     if place["batch"] and place["size"] != size:
@@ -178,11 +177,13 @@ def fit(task, *, network=None, epochs=None, seed=0, save_dir=None, resume=None, 
     network.eval()
     return network, place["history"]
 
+# %% ../nbs/system/training.ipynb #637af058
 def _seed_of(resume, task, seed):
     "The seed of the run to resume; `seed` where there is none or its file does not say."
     about = read_metadata(find_checkpoint(resume, task.name)) if resume else {}
     return json.loads(about["place"])["seed"] if "place" in about else seed
 
+# %% ../nbs/system/training.ipynb #296bed07
 def _start(task, network, seed, pretrain):
     if network is None:
         paddle.seed(seed)
@@ -225,6 +226,7 @@ def _epoch(task, state, book, bar, data, size, workers, log_interval, save_inter
         raise PvnbError(f"epoch {place['epoch']}: not one sample could be read; first: {next(iter(book.unreadable))}")
     place["epoch"], place["batch"] = place["epoch"] + 1, 0
 
+# %% ../nbs/system/training.ipynb #c9ecd959
 def _step(task, network, optimizer, batch, place):
     "One update; returns the loss before it."
     seed_step(place["seed"], place["step"])
@@ -258,6 +260,7 @@ OPTIONS = {
     "cache": (bool, False, "keep decoded clips in memory"), "is_profiler": (int, 0, "1: profile five steps after log_interval steps, then stop"), "profiler_path": (str, "./profile", "folder of the trace"),
 }
 
+# %% ../nbs/system/training.ipynb #3175ca58
 class _Profiler:
     "Paddle's profiler over five steps, after `start` steps of warming up."
     def __init__(self, folder, start):
@@ -278,6 +281,7 @@ class _Profiler:
         self.inner.summary()
         self.done = True
 
+# %% ../nbs/system/training.ipynb #dbe84b27
 def train_command(argv):
     "`pvnb train MODEL [--config C] [key=value ...]`: trains, validates and keeps the last and the best checkpoint. Returns 0."
     argv = ["--no_memory_optimize=True" if word == "--no_memory_optimize" else word for word in argv]
