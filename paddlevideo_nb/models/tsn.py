@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'TSN']
 
-# %% ../../nbs/papers/tsn.ipynb #16ebb9c0
+# %% ../../nbs/papers/tsn.ipynb #9430f1be
 from ..core import import_paddle
 from ..layers.naming import named
 from ..layers.resnet import ResNet
@@ -11,7 +11,7 @@ from ..layers.resnet import ResNet
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/tsn.ipynb #0068baaf
+# %% ../../nbs/papers/tsn.ipynb #df43794f
 class TSN(nn.Layer):
     """Temporal Segment Network: `image [N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
