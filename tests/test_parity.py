@@ -8,8 +8,9 @@ import pytest
 
 from paddlevideo_nb.cli import main
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
 from paddlevideo_nb.layers.naming import original_names
+from paddlevideo_nb.parity import parity, parity_command
 from paddlevideo_nb.tasks import get_task
 
 paddle = import_paddle()
@@ -77,3 +78,45 @@ def test_changed_processing_fails(tmp_path):
     arrays = dict(np.load(tmp_path/"kinetics.npz"))
     np.savez(tmp_path/"kinetics.npz", **{**arrays, "top1": arrays["top1"] + .025})
     assert main(["parity", str(tmp_path)]) == 1
+
+
+def test_unseen_case_fails_for_one_number_one_name_one_shape(unseen, capsys):
+    write, case, out = unseen
+    one = out.copy()
+    one[1, 2] += 1e-3*out.max()
+    assert write(out=one) == 1
+    assert "FAIL" in capsys.readouterr().out
+    reshaped = json.loads(json.dumps(case))
+    rule = next(p for p in reshaped["parameters"] if p["name"] == "fc_0.b_0")
+    rule["shape"] = [6]
+    assert write(case=reshaped) == 1
+    assert "fc_0.b_0 has shape [5], recorded [6]" in capsys.readouterr().out
+    fewer = {**case, "parameters": [p for p in case["parameters"] if p["name"] != "fc_0.b_0"]}
+    assert write(case=fewer) == 1
+    assert "fc_0.b_0" in capsys.readouterr().out
+    assert write(case={**case, "salt": "another"}) == 1  # other weights than those recorded
+    assert write() == 0
+
+
+def test_unseen_case_of_a_network_to_come(unseen, capsys):
+    write, case, _ = unseen
+    assert write(case={**case, "model_name": "TSM", "config_file": "tsm.yaml"}) == 1
+    shown = capsys.readouterr().out
+    assert "not built" in shown and "TSM" in shown and "FAIL" not in shown
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(PvnbError, match="nowhere"):
+        parity_command([str(tmp_path/"nowhere")])
+
+
+def test_published_schedule_of_tsn(golden, tmp_path):
+    if not (golden/"schedules.json").is_file():
+        pytest.skip("only the small golden copy is here")
+    rows = {r["case"].rpartition("/")[2]: r["verdict"] for r in parity(golden/"schedules.json", progress=False)}
+    assert rows["tsn"] == "ok"
+    changed = json.loads((golden/"schedules.json").read_text())
+    changed["schedules"] = {"tsn": changed["schedules"]["tsn"]}
+    changed["schedules"]["tsn"]["learning_rate_of_update"][-1][1] *= 1.01
+    (tmp_path/"schedules.json").write_text(json.dumps(changed))
+    assert [r["verdict"] for r in parity(tmp_path, progress=False)] == ["FAIL"]

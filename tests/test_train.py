@@ -1,4 +1,5 @@
 """Training: killed and continued, interrupted, broken; evaluation: every video counted."""
+import csv
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paddlevideo_nb.cli import main
 from paddlevideo_nb.config import load_config
 from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.evaluate import evaluate
@@ -19,7 +21,7 @@ from paddlevideo_nb.layers.naming import original_names
 from paddlevideo_nb.runs import run_arguments
 from paddlevideo_nb.tasks import get_task
 from paddlevideo_nb.train import OPTIONS, fit, load_checkpoint, train_command
-from paddlevideo_nb.zoo import read_metadata, read_weights, save_weights
+from paddlevideo_nb.zoo import read_metadata, read_weights, save_legacy, save_weights
 
 paddle = import_paddle()
 QUIET = {"progress": False, "valid_interval": 0, "log_interval": 1}
@@ -239,3 +241,67 @@ def test_both_ways_to_write_a_line_are_one():
     old = run_arguments("train", ["--model_name=TSN", "--config=./configs/tsn.yaml", "--log_interval", "5", "--batch_size=8", "--fix_random_seed=True"], OPTIONS, ("TRAIN",))
     assert new[1].TRAIN == old[1].TRAIN == {**load_config("tsn").TRAIN, "batch_size": 8}
     assert new[0].log_interval == old[0].log_interval == 5 and new[0].fix_random_seed is old[0].fix_random_seed is True
+
+
+@pytest.fixture(scope="module")
+def few(clips):
+    "The first 24 of the clips, and the command line words for a run on them."
+    path = clips.with_name("24.txt")
+    path.write_text("\n".join(clips.read_text().splitlines()[:24]) + "\n")
+    return ["MODEL.width=4", "TRAIN.batch_size=8", "TRAIN.total_videos=24", *(f"{s}.filelist={path}" for s in ("TRAIN", "VALID"))]
+
+
+def test_both_spellings_train_the_same_weights(few, tmp_path):
+    shared = [*few, "--use_gpu=False", "--seed=5", "--log_interval=1"]
+    assert main(["train", "TSN", "--config", "tsn_mini", *shared, "epoch=2", f"--save_dir={tmp_path/'new'}"]) == 0
+    line = [sys.executable, "-m", "paddlevideo_nb.train", "--model_name=TSN", "--config=./configs/tsn_mini.yaml", *shared, "--epoch=2", f"--save_dir={tmp_path/'old'}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    assert done.returncode == 0, done.stderr[-2000:]
+    for which in ("last", "best"):
+        a, b = (read_weights(tmp_path/d/f"TSN_{which}.safetensors") for d in ("new", "old"))
+        assert same(a, b) and any(k.startswith("optimizer.") for k in a)
+    rows = list(csv.DictReader((tmp_path/"new"/"TSN_metrics.csv").open()))
+    assert {"epoch", "step", "loss", "learning_rate", "clips_per_second", "valid_loss", "valid_top1", "valid_top5"} <= rows[0].keys()
+    assert [int(r["step"]) for r in rows if r["loss"]] == [1, 2, 3, 4, 5, 6] and [int(r["epoch"]) for r in rows if r["valid_top1"]] == [1, 2]
+
+
+@pytest.mark.parametrize("form", [1, 2, 3])
+def test_command_goes_on_from_legacy_weights(form, few, tmp_path, capsys):
+    paddle.seed(9)
+    network = get_task(load_config("tsn_mini", MODEL={"width": 4})).network()
+    names, values = original_names(network), state(network)
+    old = save_legacy(tmp_path/"TSN.pdparams", {name: values[key] for key, name in names.items()}, form)
+    words = [*few, "epoch=1", "learning_rate=0.0", "--log_interval=1", "--use_gpu=False", f"--resume={old}", f"--save_dir={tmp_path/'out'}"]
+    assert main(["train", "TSN", "--config", "tsn_mini", *words]) == 0
+    assert "training starts at epoch 0" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path/"out"/"TSN_metrics.csv").open()))
+    assert (rows[0]["epoch"], rows[0]["step"]) == ("0", "1")
+    after = read_weights(tmp_path/"out"/"TSN_last.safetensors")  # a rate of 0 leaves every trained weight where the file put it
+    trained = [k for k, p in network.named_parameters() if p.trainable]
+    assert len(trained) > 20 and all(np.array_equal(after[f"network.{k}"], values[k]) for k in trained)
+
+
+def test_command_names_and_skips_a_broken_clip(few, tmp_path, capsys):
+    (tmp_path/"broken.mp4").write_bytes(b"\0"*300)
+    lines = Path(few[-1].partition("=")[2]).read_text().splitlines()
+    (tmp_path/"some.txt").write_text("\n".join([*lines[:23], f"{tmp_path/'broken.mp4'} 0"]) + "\n")
+    (tmp_path/"none.txt").write_text(f"{tmp_path/'broken.mp4'} 0\n"*8)
+    def run(name):
+        return main(["train", "TSN", "--config", "tsn_mini", *few, f"TRAIN.filelist={tmp_path/name}", "epoch=1", "--use_gpu=False", f"--save_dir={tmp_path/name}-out"])
+    assert run("some.txt") == 0 and "broken.mp4" in capsys.readouterr().err
+    assert json.loads(read_metadata(tmp_path/"some.txt-out"/"TSN_last.safetensors")["place"])["step"] == 3
+    assert run("none.txt") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pvnb: error:") and "broken.mp4" in error
+
+
+def test_command_answers_faults_with_one_line(few, tmp_path, capsys):
+    save_weights(tmp_path/"other.safetensors", {"network.w": np.zeros(2)}, {"format": "paddlevideo_nb training checkpoint 1", "model": "STNET"})
+    faults = {"--log_intervl=3": "--log_interval", f"--resume={tmp_path/'other.safetensors'}": "checkpoint of STNET, not of TSN"}
+    if not paddle.device.cuda.device_count():
+        faults["--use_gpu=True"] = "use_gpu=False runs on the CPU"
+    for word, expected in faults.items():
+        assert main(["train", "TSN", "--config", "tsn_mini", *few, word, f"--save_dir={tmp_path/'out'}"]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pvnb: error:")]
+        assert len(errors) == 1 and expected in errors[0], (word, errors)
+    assert not list((tmp_path/"out").glob("*.safetensors"))
