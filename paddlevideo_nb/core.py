@@ -106,8 +106,8 @@ _ADMITTED = {
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
     ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"),
     ("numpy._core.numeric", "_frombuffer"), ("collections", "OrderedDict"), ("_codecs", "encode"),
-    *(("builtins", n) for n in ("set", "frozenset", "bytearray", "complex", "slice", "range")),
-    *(("__builtin__", n) for n in ("set", "frozenset", "bytearray", "complex", "slice", "xrange")),
+    *(("builtins", n) for n in ("set", "frozenset", "bytes", "bytearray", "complex", "slice", "range")),
+    *(("__builtin__", n) for n in ("set", "frozenset", "bytes", "bytearray", "complex", "slice", "xrange")),
 }
 
 class _RestrictedUnpickler(pickle.Unpickler):
