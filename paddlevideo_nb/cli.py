@@ -183,7 +183,6 @@ def examine():
 
 OPTIONAL = {  # distribution -> what it is for and how to get it
     "visualdl": "only to watch training in a browser: pip install visualdl",
-    "opencv-python-headless": "only for comparisons with OpenCV: pip install opencv-python-headless",
     "decord2": "only for comparisons of decoders: pip install decord2",
     "nvidia-dali-cuda120": "only to decode on a GPU: pip install nvidia-dali-cuda120",
     "nbdev": "only to change notebooks: pip install 'paddlevideo_nb[dev]'",

@@ -76,6 +76,7 @@ ADDED_KEYS = {
               "format": ("mp4", "form of the clips that the list files name: mp4 or pkl"),
               "flip": (True, "mirror clips at random in training"),
               "multi_scale": (False, "multi-scale crop in training, as TSM's reader does")},
+    "NONLOCAL": {"affinity": ("embedded_gaussian", "how two places are compared: embedded_gaussian, gaussian, dot_product or concatenation")},
     "*": {"fix_random_seed": (False, "one fixed seed for everything"), "num_trainers": (1, "processes that share the data"),
           "trainer_id": (0, "the number of this process"), "use_dali": (False, "decode with DALI"),
           "dropout_rate": (0.5, "dropout"), "pretrain_base": ("", "start weights"), "use_gpu": (True, "run on a GPU"),
@@ -92,7 +93,7 @@ def _published():
 def _allowed(model, section):
     "Key -> example value, for one section of one model's file."
     published = _published()[model]
-    added = {k: v[0] for k, v in {**ADDED_KEYS["*"], **ADDED_KEYS["MODEL"]}.items()}
+    added = {k: v[0] for k, v in {**ADDED_KEYS["*"], **ADDED_KEYS["MODEL"], **ADDED_KEYS.get(section, {})}.items()}
     keys = {**added, **published["MODEL"], **published.get(section, {})}
     if section in MODES:  # a key of one mode may be given for another: TRAIN.short_size, INFER.filelist ...
         for mode in MODES: keys = {**published.get(mode, {}), **keys}

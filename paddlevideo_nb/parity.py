@@ -5,7 +5,7 @@ __all__ = ['paddle', 'BOUND', 'TOO_SENSITIVE', 'PROCESSING', 'regenerate', 'feed
            'check_training', 'check_published', 'check_schedule', 'checkpoint_forms', 'check_checkpoint',
            'check_processing', 'find_cases', 'check_case', 'parity', 'format_rows', 'parity_command']
 
-# %% ../nbs/system/parity.ipynb #3702ef72
+# %% ../nbs/system/parity.ipynb #5e4fbc0e
 import json
 import zlib
 from pathlib import Path
@@ -20,7 +20,7 @@ from .zoo import load_weights, read_weights
 
 paddle = import_paddle()
 
-# %% ../nbs/system/parity.ipynb #cdaea302
+# %% ../nbs/system/parity.ipynb #6e2631f2
 def _state(salt, key):
     return np.random.RandomState(zlib.crc32(f"{salt}/{key}".encode()) & 0xFFFFFFFF)
 
@@ -49,7 +49,7 @@ def _feed(r, kind, shape, arg):
     if kind == "values": return np.array(arg).reshape(shape).astype("int64" if isinstance(arg[0], int) else "float32")
     raise PvnbError(f"unknown kind of input {kind!r}")
 
-# %% ../nbs/system/parity.ipynb #f35d8d9e
+# %% ../nbs/system/parity.ipynb #f6e7a3fb
 BOUND, TOO_SENSITIVE = 1e-4, 0.05
 
 def compare(ours, theirs):
@@ -65,7 +65,7 @@ def row(case, what, ours, theirs, bound=BOUND, judged=True):
     verdict = ("ok" if relative <= bound else "FAIL") if judged else "shown"
     return {"case": case, "what": what, "absolute": absolute, "relative": relative, "verdict": verdict}
 
-# %% ../nbs/system/parity.ipynb #bf794da5
+# %% ../nbs/system/parity.ipynb #d4c1124a
 def _outputs(case_name, prefix, values, specs, arrays):
     "Rows for a list of outputs against their records."
     if len(values) != len(specs):
@@ -92,7 +92,7 @@ def _set(network, values):
             raise PvnbError(f"{name} has shape {list(state[key].shape)}, recorded {list(array.shape)}")
         state[key].set_value(array)
 
-# %% ../nbs/system/parity.ipynb #a615c530
+# %% ../nbs/system/parity.ipynb #edca7a97
 def _without_dropout(network):
     for layer in network.sublayers():
         if isinstance(layer, (paddle.nn.Dropout, paddle.nn.Dropout2D)): layer.p = 0.0
@@ -105,7 +105,7 @@ def _prepare(case, mode, overrides):
     _set(network, regenerate(case))
     if mode != "test": _without_dropout(network)
     network.train() if mode == "train" else network.eval()
-    return task, network, {k: paddle.to_tensor(v) for k, v in feeds(case, mode).items()}
+    return task, network, {task.feeds.get(k, k): paddle.to_tensor(v) for k, v in feeds(case, mode).items()}
 
 def check_inference(name, case, arrays):
     "Rows for the inference program, and for the test program (dropout as configured, losses first) where it is recorded."
@@ -116,10 +116,10 @@ def check_inference(name, case, arrays):
         with paddle.no_grad():
             outputs = task.forward(network, batch, mode)
             loss = task.loss(outputs, batch) if mode == "test" else None
-        rows += _outputs(name, mode, task.fetches(outputs, loss, batch), case[f"{mode}_outputs"], arrays)
+        rows += _outputs(name, mode, task.fetches(mode, outputs, loss, batch), case[f"{mode}_outputs"], arrays)
     return rows
 
-# %% ../nbs/system/parity.ipynb #372ccdda
+# %% ../nbs/system/parity.ipynb #4bd98e7e
 def check_training(name, case):
     "Rows for three optimiser steps on one fixed batch."
     if "train_steps" not in case: return []
@@ -135,7 +135,7 @@ def check_training(name, case):
         optimizer.step()
         optimizer.clear_grad()
         if schedule is not None: schedule.step()
-        rows += _step_rows(f"step {record['step'] + 1}", name, task.fetches(outputs, loss, batch), record, tensors, start, sensitivity)
+        rows += _step_rows(f"step {record['step'] + 1}", name, task.fetches("train", outputs, loss, batch), record, tensors, start, sensitivity)
     return rows
 
 def _step_rows(step, name, fetched, record, tensors, start, sensitivity):
@@ -158,7 +158,7 @@ def _step_rows(step, name, fetched, record, tensors, start, sensitivity):
         rows.append(judge("moving statistics", norms(tensors[k].numpy() for k in moving), [v["l2"] for v in moving.values()], "watched_relative"))
     return rows
 
-# %% ../nbs/system/parity.ipynb #aec69207
+# %% ../nbs/system/parity.ipynb #7de987fd
 def check_published(name, record):
     "Rows for `published_parameters.json`: names, shapes and the number of trainable parameters."
     network = get_task(Path(record["config_file"]).stem).network()
@@ -181,7 +181,7 @@ def check_schedule(name, stem, record):
     theirs = [rate for _, rate in record["learning_rate_of_update"]]
     return [row(name, "learning rate", np.array(ours)/theirs, np.ones(len(ours)), 1e-6)]
 
-# %% ../nbs/system/parity.ipynb #7513d410
+# %% ../nbs/system/parity.ipynb #6a57cb0a
 def checkpoint_forms(folder):
     "Form -> path, for a folder `checkpoint`."
     forms = {"file": next(iter(sorted(folder.glob("*.pdparams"))), None), "combined": next(iter(sorted(folder.glob("combined/*"))), None)}
@@ -207,7 +207,7 @@ def check_checkpoint(name, folder):
         rows.append(row(name, f"{form}: loaded into {task.name}", [loaded], [0], 0))
     return rows
 
-# %% ../nbs/system/parity.ipynb #84ab165d
+# %% ../nbs/system/parity.ipynb #e75e9327
 def _kinetics_metric(a):
     from paddlevideo_nb.metrics.classification import topk_accuracy
     return [(f"top-{k}", topk_accuracy(a["scores"], a["labels"], k), a[f"top{k}"]) for k in (1, 5)]
@@ -242,10 +242,41 @@ def _kinetics_resize(a):
                    (f"image {i}, transformed", _transform(1, 1, short, target, image[None]), a[f"out_{i}"])]
     return checks
 
+def _view_frames(a):
+    from paddlevideo_nb.datasets.views import view_frames
+    ours, theirs = [], []
+    for frames, rate, length, view, *numbers in a["rows"].tolist():
+        ours += view_frames(frames, view, 10, rate, length).tolist()
+        theirs += numbers[:length]
+    return [(f"frame numbers of {len(a['rows'])} views", ours, theirs)]
+
+def _fingerprint(x, like):
+    "`x` whole, or of it [sum, norm, first entry, last entry of the second colour], as `like` was recorded."
+    return x if np.size(like) != 4 else [x.sum(), np.linalg.norm(x.astype("f8")), x.flat[0], x[1].flat[-1]]
+
+def _test_views(a):
+    from paddlevideo_nb.datasets.views import crop_normalised, resize_short, spatial_offsets
+    checks, positions = [], {"none": 1, "0": 0, "1": 1, "2": 2, "4": 4}
+    for i in range(sum(k.startswith("frames_") for k in a)):
+        side, size = map(int, a[f"side_crop_{i}"])
+        frames = resize_short(a[f"frames_{i}"], side)
+        checks.append((f"film {i}, resized", frames, a[f"resized_{i}"]))
+        for name, position in positions.items():
+            theirs = a[f"view_{i}_pos{name}"]
+            ours = crop_normalised(frames, *spatial_offsets(*frames.shape[1:3], size, position), size, position >= 3, *a["mean_std"])
+            checks.append((f"film {i}, position {name}", _fingerprint(ours, theirs), theirs))
+    return checks
+
+def _multicrop(a):
+    from paddlevideo_nb.metrics.multiview import multiview_report
+    report = multiview_report(a["video_ids"], a["probabilities"], a["ground_truth"], int(a["num_test_clips"]))
+    return [(key, ours, a[key if key in a else "infer_rows_video_class_probability"]) for key, ours in report.items()]
+
 #: Stem of the file -> function from its arrays to (what, ours, theirs) triples. All must be equal to the last bit, or to 1e-6 where they are averages.
 PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambda a: _frame_numbers("pkl")(a),
               "kinetics_mp4_test_frame_indices": lambda a: _frame_numbers("mp4")(a),
-              "kinetics_test_transform": _kinetics_transform, "kinetics_test_resize": _kinetics_resize}
+              "kinetics_test_transform": _kinetics_transform, "kinetics_test_resize": _kinetics_resize,
+              "nonlocal_test_frame_indices": _view_frames, "nonlocal_test_views": _test_views, "multicrop": _multicrop}
 
 def check_processing(name, path):
     "Rows for one processing case; its kind is the longest known stem that the file's name starts with."
@@ -254,7 +285,7 @@ def check_processing(name, path):
     with np.load(path, allow_pickle=False) as arrays:
         return [row(name, what, ours, theirs, 1e-6) for what, ours, theirs in PROCESSING[stem](dict(arrays))]
 
-# %% ../nbs/system/parity.ipynb #96e4c8e7
+# %% ../nbs/system/parity.ipynb #af07b554
 def find_cases(folder):
     "(name, kind, path) of every case below `folder` (or of one file), sorted. Kinds: network, parameters, schedules, checkpoint, processing."
     root = Path(folder)
@@ -280,7 +311,7 @@ def _json_kind(path):
 
 def _is_network(path): return path.is_file() and _json_kind(path) == "network"
 
-# %% ../nbs/system/parity.ipynb #7359851d
+# %% ../nbs/system/parity.ipynb #dbd0b5e2
 def check_case(name, kind, path):
     "The rows of one case. What fails with an error gives one FAIL row that says why; what is to come, one `not built` row."
     def one(what, verdict): return [{"case": name, "what": what, "absolute": np.inf, "relative": np.inf, "verdict": verdict}]
@@ -310,7 +341,7 @@ def parity(folder, progress=True):
         rows += _check_schedules(name, path) if kind == "schedules" else check_case(name, kind, path)
     return rows
 
-# %% ../nbs/system/parity.ipynb #53669dd1
+# %% ../nbs/system/parity.ipynb #5522ca29
 def format_rows(rows):
     "The rows as a text table."
     import pandas as pd

@@ -16,7 +16,8 @@ from paddlevideo_nb.datasets.theatre import (
 )
 from paddlevideo_nb.video import VideoError, probe
 
-SMALL = {"actions": (20, 10), "moments": (20, 10)}
+FEW = {"jumps": (4, 2), "orders": (4, 2), "repeats": (4, 2)}
+SMALL = {"actions": (20, 10), "moments": (20, 10), **FEW}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_workers_and_order_do_not_matter_and_the_seed_does(clips, tmp_path):
 
 
 def test_fewer_classes(tmp_path):
-    folder = make_clips(tmp_path, workers=1, sizes={"actions": (10, 10), "moments": (6, 3)}, classes=3, progress=False)
+    folder = make_clips(tmp_path, workers=1, sizes={"actions": (10, 10), "moments": (6, 3), **FEW}, classes=3, progress=False)
     assert {label for _, label in read_list(folder / "moments" / "train.txt")} == {0, 1, 2}
     assert len((folder / "moments" / "labels.txt").read_text().splitlines()) == 3
     assert T.contact_sheet(folder).axes
@@ -168,7 +169,7 @@ def start_process(root, sizes):
 
 
 def test_a_killed_run_leaves_no_half_set(tmp_path):
-    process = start_process(tmp_path, {"actions": (400, 10), "moments": (20, 10)})
+    process = start_process(tmp_path, {"actions": (400, 10), "moments": (20, 10), **FEW})
     deadline = time.time() + 60
     while not list(tmp_path.glob(".*.part/actions/train/*.mp4")) and time.time() < deadline:
         time.sleep(.02)
@@ -214,10 +215,10 @@ def test_bad_input_is_said_in_one_line(call, what, tmp_path):
 
 
 def test_a_foreign_folder_is_not_touched(tmp_path):
-    (tmp_path / "clips-v1-seed0" / "mine").mkdir(parents=True)
+    (tmp_path / "clips-v2-seed0" / "mine").mkdir(parents=True)
     with pytest.raises(PvnbError, match="move it away"):
         make_clips(tmp_path)
-    assert (tmp_path / "clips-v1-seed0" / "mine").is_dir()
+    assert (tmp_path / "clips-v2-seed0" / "mine").is_dir()
 
 
 def test_a_bad_line_and_a_damaged_clip_are_named(tmp_path):
@@ -235,5 +236,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(T, "SIZES", SMALL)
     assert mini_command(["--root", str(tmp_path), "--seed", "5", "--workers", "1", "--sheet", str(tmp_path / "sheet.png")]) == 0
     out = capsys.readouterr().out
-    assert "clips-v1-seed5" in out and "20 clips for training, 10 for validation, 10 classes" in out
+    assert "clips-v2-seed5" in out and "20 clips for training, 10 for validation, 10 classes" in out
     assert 5_000 < (tmp_path / "sheet.png").stat().st_size <= 150_000

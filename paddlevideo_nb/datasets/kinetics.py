@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['paddle', 'read_list', 'read_pickle', 'decode_jpegs', 'write_pickle', 'read_clip', 'KineticsDataset',
-           'write_label_list', 'read_label_list', 'write_file_list', 'prepare_pickles', 'kinetics_command']
+           'write_label_list', 'read_label_list', 'write_file_list', 'write_nonlocal_lists', 'prepare_pickles',
+           'kinetics_command']
 
 # %% ../../nbs/foundations/kinetics.ipynb #e33bbb49
 import argparse
@@ -11,6 +12,7 @@ import contextlib
 import csv
 import io
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -240,6 +242,38 @@ def write_file_list(csv_path, video_root, labels, out):
     write_text(out, "".join(found))
     return {"clips": len(found), "missing": len(items) - len(found)}
 
+# %% ../../nbs/foundations/kinetics.ipynb #3da5c396
+_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "val"}
+
+def _split_of(row, split):
+    "train or val, for a row of a csv."
+    name = split or (row.get("split") or "").strip()
+    if name not in _SPLITS: raise PvnbError(f"{row['where']}: split is {name!r}, expected one of {', '.join(_SPLITS)}; or say which it is (--split train, --split val)")
+    return _SPLITS[name]
+
+def write_nonlocal_lists(csv_path, video_root, labels, out_dir, split=None, temporal=10, spatial=3):
+    """Write the lists of the Non-local paper for the clips of a Kinetics csv that are in `video_root`, into the folder `out_dir`: `trainlist.txt`, or `vallist.txt` (both
+    `path label`) with `testlist.txt` (`path number temporal spatial`: every view of each film of `vallist.txt`, number: its line there, from 0).
+
+    `labels`: a label list file. `split`: train or val, in place of the column of that name; a csv may hold both. Only the lists of splits that occur are written.
+    Returns `{"train" or "val": {"clips": written, "missing": not there}}`. Raises `PvnbError` where no clip of a split is there, and for a split that is neither.
+    """
+    if Path(out_dir).is_file(): raise PvnbError(f"{out_dir} is a file, expected a folder for {', '.join(_LISTS.values())} and testlist.txt")
+    labels, items, counts = read_label_list(labels), {}, {}
+    for row in _read_csv(csv_path):
+        items.setdefault(_split_of(row, split), []).append((_clip_file(row, video_root), _label_index(row, labels)))
+    found = {part: [item for item in items[part] if item[0].is_file()] for part in items}
+    for part, there in found.items():
+        if not there: raise PvnbError(f"none of the {len(items[part])} {part} clips of {csv_path} is in {video_root}; looked for instance for {items[part][0][0]}")
+    for part, there in found.items():
+        write_text(Path(out_dir)/_LISTS[part], "".join(f"{file} {label}\n" for file, label in there))
+        counts[part] = {"clips": len(there), "missing": len(items[part]) - len(there)}
+    views = [(i, j) for i in range(temporal) for j in range(spatial)]
+    if "val" in found: write_text(Path(out_dir)/"testlist.txt", "".join(f"{file} {n} {i} {j}\n" for n, (file, _) in enumerate(found["val"]) for i, j in views))
+    return counts
+
+_LISTS = {"train": "trainlist.txt", "val": "vallist.txt"}
+
 # %% ../../nbs/foundations/kinetics.ipynb #f52a734b
 def _jobs(source, video_root, out_dir, labels):
     "[(video file, name, label, pickle file)] of a csv or of a list `path label`."
@@ -318,22 +352,40 @@ def prepare_pickles(source, video_root, out_dir, workers=None, labels=None, prog
     write_text(Path(out_dir)/"failures.txt", "".join(f"{job[0]}\t{failed[job[3]]}\n" for job in jobs if job[3] in failed))
     return {"made": len(todo) - len(failed), "kept": len(jobs) - len(todo), "failed": len(failed)}
 
-# %% ../../nbs/foundations/kinetics.ipynb #17cd4683
-def kinetics_command(argv=None):
-    "`pvnb data kinetics ...`; returns the exit code, 0 (argparse exits by itself on wrong arguments). Raises `PvnbError`."
-    parser = argparse.ArgumentParser(prog="pvnb data kinetics", description="Prepare Kinetics, or any labelled clips, for training.")
+# %% ../../nbs/foundations/kinetics.ipynb #0bd3a64e
+def _parser():
+    parser = argparse.ArgumentParser(prog="pvnb data kinetics", description="Prepare Kinetics, or any labelled clips, for training.",
+                                     epilog="`pvnb data kinetics --nonlocal ...` is short for `pvnb data kinetics list --nonlocal ...`.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="labels | list | pkl")
     labels = commands.add_parser("labels", help="csv -> label list", description="Write the labels of a Kinetics csv, sorted, one 'label index' a line.")
     labels.add_argument("csv"); labels.add_argument("out")
     files = commands.add_parser("list", help="csv -> list of the clips that are there", description="Write 'path label' for every clip of the csv in VIDEO_ROOT.")
-    files.add_argument("csv"); files.add_argument("video_root"); files.add_argument("labels", help="label list"); files.add_argument("out")
+    files.add_argument("csv"); files.add_argument("video_root"); files.add_argument("labels", help="label list"); files.add_argument("out", help="list; with --nonlocal a folder")
+    files.add_argument("--nonlocal", dest="views", action="store_true", help="the lists of the Non-local paper: trainlist.txt, or vallist.txt and testlist.txt (10 x 3 views a film)")
+    files.add_argument("--split", choices=("train", "val"), help="with --nonlocal: what the csv is, in place of its column split")
     pkl = commands.add_parser("pkl", help="video files -> pickles of JPEG frames", description="Unpack clips into pickles; interrupt and repeat at will.")
     pkl.add_argument("source", help="Kinetics csv, or list of 'path label'"); pkl.add_argument("video_root"); pkl.add_argument("out_dir")
     pkl.add_argument("--labels", help="label list (needed with a csv)"); pkl.add_argument("--workers", type=int, help="processes (default: all cores)")
-    args = parser.parse_args(argv)
+    return parser
+
+def _nonlocal_list(args):
+    "`list --nonlocal`: write the lists and say how many clips are in each."
+    for part, counts in write_nonlocal_lists(args.csv, args.video_root, args.labels, args.out, args.split).items():
+        print("{clips} clips -> {out}, {missing} missing".format(out=Path(args.out)/_LISTS[part], **counts))
+        if part == "val": print(f"{30 * counts['clips']} views -> {Path(args.out)/'testlist.txt'}")
+
+# %% ../../nbs/foundations/kinetics.ipynb #17cd4683
+def kinetics_command(argv=None):
+    "`pvnb data kinetics ...`; returns the exit code, 0 (argparse exits by itself on wrong arguments). Raises `PvnbError`."
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--nonlocal" in argv and not {"list", "labels", "pkl"} & set(argv[:2]): argv = ["list", *argv]  # the flag says what is wanted
+    elif argv[:2] == ["--nonlocal", "list"]: argv = ["list", "--nonlocal", *argv[2:]]
+    args = _parser().parse_args(argv)
     if args.command == "labels":
         print(f"{len(write_label_list(args.csv, args.out))} labels -> {args.out}")
+    elif args.command == "list" and args.views: _nonlocal_list(args)
     elif args.command == "list":
+        if args.split: raise PvnbError("--split goes with --nonlocal: a plain list takes every row of its csv")
         print("{clips} clips -> {out}, {missing} missing".format(out=args.out, **write_file_list(args.csv, args.video_root, args.labels, args.out)))
     else:
         counts = prepare_pickles(args.source, args.video_root, args.out_dir, args.workers, args.labels)

@@ -3,15 +3,14 @@
 # %% auto #0
 __all__ = ['paddle', 'TSN']
 
-# %% ../../nbs/papers/tsn.ipynb #9430f1be
+# %% ../../nbs/papers/tsn.ipynb #97380b50
 from ..core import import_paddle
-from ..layers.naming import named
-from ..layers.resnet import ResNet
+from ..layers.resnet import ResNet, classifier
 
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/tsn.ipynb #df43794f
+# %% ../../nbs/papers/tsn.ipynb #c64fdbf1
 class TSN(nn.Layer):
     """Temporal Segment Network: `image [N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
@@ -21,16 +20,19 @@ class TSN(nn.Layer):
     def __init__(self, num_classes=400, depth=50, width=64, seglen=1):
         super().__init__()
         self.trunk = ResNet(depth, width, channels=3 * seglen)
-        bound = self.trunk.channels ** -0.5
-        start = paddle.ParamAttr(initializer=nn.initializer.Uniform(-bound, bound))
-        self.fc = named(nn.Linear(self.trunk.channels, num_classes, weight_attr=start), weight="fc_0.w_0", bias="fc_0.b_0")
+        self.fc = classifier(self.trunk.channels, num_classes)
+
+    def maps(self, image):
+        "What the trunk sees of each segment: `[N, T, C, H, W] -> [N, T, D, H/32, W/32]`, D = 32 * width."
+        x = self.trunk(image.flatten(0, 1))                   # [N*T, D, h, w]
+        return x.reshape([-1, image.shape[1], *x.shape[1:]])  # [N, T, D, h, w]
+
+    def consensus(self, maps): return maps.mean([3, 4]).mean(1)  # [N, T, D, h, w] -> [N, D], Eq. 1
 
     def features(self, image):
-        "The consensus of the segments' features: `[N, T, C, H, W] -> [N, D]`, D = 32 * width."
-        n, t = image.shape[:2]
-        x = self.trunk(image.flatten(0, 1))           # [N*T, D, H/32, W/32]
-        x = x.mean(axis=[2, 3])                       # [N*T, D]
-        return x.reshape([n, t, x.shape[1]]).mean(1)  # [N, D], Eq. 1
+        "The consensus of the segments' features: `[N, T, C, H, W] -> [N, D]`."
+        return self.consensus(self.maps(image))
 
-    def forward(self, image):
-        return self.fc(self.features(image))          # [N, num_classes]
+    def head(self, maps): return self.fc(self.consensus(maps))  # [N, num_classes]
+
+    def forward(self, image): return self.head(self.maps(image))
