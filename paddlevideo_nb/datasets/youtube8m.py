@@ -6,7 +6,7 @@ __all__ = ['paddle', 'FORMAT', 'WRITERS', 'dequantise', 'quantise', 'make_video'
            'PickleShard', 'open_shard', 'find_shards', 'segment_frames', 'pad_collate', 'shard_order',
            'YouTube8MDataset', 'multi_hot', 'read_videos', 'convert_shards', 'youtube8m_command']
 
-# %% ../../nbs/foundations/youtube8m.ipynb #b7fd80d6
+# %% ../../nbs/foundations/youtube8m.ipynb #db9c507b
 import argparse
 import concurrent.futures
 import contextlib
@@ -21,13 +21,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..core import PvnbError, atomic_path, cache_dir, cpu_count, existing_file, import_paddle, restricted_load, write_text
 
 paddle = import_paddle()
 from .loader import Skipped, collate, sample_rng
 
-# %% ../../nbs/foundations/youtube8m.ipynb #c3108b89
+# %% ../../nbs/foundations/youtube8m.ipynb #ff338f70
 _VALUES = (np.arange(256)*(4/255) + (4/512 - 2)).astype(np.float32)  # a byte has 256 values: a table is exact, and quick
 
 def dequantise(quantised):
@@ -40,7 +41,7 @@ def quantise(features):
     if np.isnan(features).any(): raise PvnbError("features hold NaN, which has no byte")
     return np.clip(np.rint((features - (4/512 - 2))*(255/4)), 0, 255).astype(np.uint8)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #9c6bff1e
+# %% ../../nbs/foundations/youtube8m.ipynb #b275a6ea
 def make_video(id, labels, rgb, audio, where="video"):
     """A video as a dict: `id` str, `labels` int64 `[k]`, `rgb` uint8 `[T, D]`, `audio` uint8 `[T, A]`, a row a second.
 
@@ -53,7 +54,7 @@ def make_video(id, labels, rgb, audio, where="video"):
     if len(rgb) != len(audio): raise PvnbError(f"{where} {id}: {len(rgb)} frames of rgb, {len(audio)} of audio")
     return {"id": str(id), "labels": labels, "rgb": rgb, "audio": audio}
 
-# %% ../../nbs/foundations/youtube8m.ipynb #2f7bc90e
+# %% ../../nbs/foundations/youtube8m.ipynb #42d04fa9
 def _messages():
     "The protobuf classes. Imported late: whoever reads HDF5 does without."
     from tfrecord import example_pb2
@@ -70,7 +71,7 @@ def encode_video(video):
         example.feature_lists.feature_list[name].feature.extend(rows)
     return example.SerializeToString(deterministic=True)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #d9551bd4
+# %% ../../nbs/foundations/youtube8m.ipynb #b8338c4c
 def masked_crc(data):
     "The checksum (int) that TFRecord files carry: CRC-32C of `data`, rotated by 15 bits, plus a constant."
     import crc32c
@@ -89,7 +90,7 @@ def write_records(path, videos):
         if not count: raise PvnbError(f"{path}: no video to write")
     return count
 
-# %% ../../nbs/foundations/youtube8m.ipynb #9fc57367
+# %% ../../nbs/foundations/youtube8m.ipynb #e7b80e72
 def scan_records(path):
     "(offsets int64 `[n]` of the records of a TFRecord file, '' or one line naming the file and what is wrong after the last of them)."
     offsets, at, size = [], 0, os.path.getsize(path)
@@ -115,7 +116,7 @@ def read_record(path, offset, where):
         raise PvnbError(f"{where} is damaged (its checksum is wrong)")
     return data[:-4]
 
-# %% ../../nbs/foundations/youtube8m.ipynb #51aee3b8
+# %% ../../nbs/foundations/youtube8m.ipynb #21e5dd41
 def decode_video(data, where="record"):
     "The video dict of a SequenceExample's bytes. The id is called `id`, or `video_id` in older releases. Raises `PvnbError` naming `where` for anything else."
     try: example = _messages().SequenceExample.FromString(data)
@@ -134,7 +135,7 @@ def _rows(feature_list, where):
         raise PvnbError(f"{where} has {len(rows)} frames of {sorted({len(row) for row in rows})} bytes, expected at least one, all alike (are they quantised?)")
     return np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #3de01fa9
+# %% ../../nbs/foundations/youtube8m.ipynb #056e4b39
 FORMAT = "paddlevideo_nb.youtube8m"
 
 def write_h5(path, videos, compression="lzf"):
@@ -168,7 +169,7 @@ def _append(file, name, group, compression, path):
     matrix.resize(len(matrix) + rows, axis=0)
     matrix[-rows:] = np.concatenate([v[name] for v in group])
 
-# %% ../../nbs/foundations/youtube8m.ipynb #db5dd827
+# %% ../../nbs/foundations/youtube8m.ipynb #119fc696
 class _LegacyPickler(pickle._Pickler):  # the pure Python one: the C one does not let us choose opcodes
     "Protocol 2 as Python 2 and the NumPy of 2019 wrote it."
     dispatch = pickle._Pickler.dispatch.copy()
@@ -191,7 +192,7 @@ def write_pickle(path, videos, max_frames=300):
     with atomic_path(path) as tmp, open(tmp, "wb") as f: _LegacyPickler(f, protocol=2).dump(records)
     return len(records)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #18fd85a2
+# %% ../../nbs/foundations/youtube8m.ipynb #864318ef
 def _stamp(path):
     "What changes when a file is replaced: (path, size, time, process). The process, since an open HDF5 file does not survive a fork."
     stat = os.stat(path)
@@ -222,7 +223,7 @@ class RecordShard:
         where = f"{self.path}, record {i}"
         return decode_video(read_record(self.path, self.offsets[i], where), where)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #fcf420b4
+# %% ../../nbs/foundations/youtube8m.ipynb #b172ab1e
 @lru_cache(maxsize=16)
 def _open_h5(stamp):
     import h5py
@@ -250,7 +251,7 @@ class HDF5Shard:
         except (OSError, KeyError) as e: raise PvnbError(f"{self.path}, video {i} is damaged: {e}") from None
         return make_video(self.ids[i], self.labels[labels], rgb, audio, f"{self.path}, video {i}:")
 
-# %% ../../nbs/foundations/youtube8m.ipynb #ec1b0752
+# %% ../../nbs/foundations/youtube8m.ipynb #0bdd9c1e
 @lru_cache(maxsize=2)
 def _load_pickle(stamp):
     "The list of records in a legacy pickle, keys as str."
@@ -274,7 +275,7 @@ class PickleShard:
         name, n = record["video"], int(record.get("nframes", len(record["feature"])))
         return make_video(name.decode() if isinstance(name, bytes) else name, record.get("label", []), record["feature"][:n], record["audio"][:n], where)
 
-# %% ../../nbs/foundations/youtube8m.ipynb #2e3c8ebf
+# %% ../../nbs/foundations/youtube8m.ipynb #141f432d
 def open_shard(path):
     "A `RecordShard`, `HDF5Shard` or `PickleShard`, by content. Raises `PvnbError` naming a file that is none of these, or holds no readable video at all."
     with open(existing_file(path, "shard"), "rb") as f: head = f.read(12)
@@ -307,12 +308,12 @@ def find_shards(source):
     places = [next((p for p in (Path(source).parent/name, Path(name)) if p.is_file()), Path(name)) for name in names]
     return [str(existing_file(p, f"shard listed in {source}")) for p in places]
 
-# %% ../../nbs/foundations/youtube8m.ipynb #662edc1c
+# %% ../../nbs/foundations/youtube8m.ipynb #b174a31e
 def segment_frames(n, seg_num, draws=0.5):
     "int64 `[seg_num]`: one of n frames in each of `seg_num` equal strides, at the fraction `draws` (a number or `[seg_num]`, 0 to below 1) of it. Shorter videos repeat frames."
     return np.minimum(n - 1, ((np.arange(seg_num) + draws)*(n/seg_num)).astype(np.int64))
 
-# %% ../../nbs/foundations/youtube8m.ipynb #4abad067
+# %% ../../nbs/foundations/youtube8m.ipynb #41b66652
 def pad_collate(samples):
     """`collate` for samples with "rgb" `[T, D]` and "audio" `[T, A]` of different T: padded at the end with zeros to the longest, plus "lengths" int64 `[N]`.
 
@@ -323,7 +324,7 @@ def pad_collate(samples):
     def pad(s): return {k: np.pad(v, ((0, longest - len(v)), (0, 0))) if k in ("rgb", "audio") else v for k, v in s.items()}
     return collate([s if isinstance(s, Skipped) else {**pad(s), "lengths": np.int64(len(s["rgb"]))} for s in samples])
 
-# %% ../../nbs/foundations/youtube8m.ipynb #698f3a75
+# %% ../../nbs/foundations/youtube8m.ipynb #e379b1e8
 def shard_order(sizes, shuffle=False, seed=0, epoch=0):
     "int64 `[sum(sizes)]`: the items of an epoch, shard by shard (`sizes` items each); with `shuffle`, the shards and the items within each are shuffled by (seed, epoch)."
     parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -346,7 +347,7 @@ def _open(path, infer):
     if damage and infer: raise PvnbError(damage)
     return shard, damage
 
-# %% ../../nbs/foundations/youtube8m.ipynb #4d1fc75f
+# %% ../../nbs/foundations/youtube8m.ipynb #d498150d
 class YouTube8MDataset(paddle.io.Dataset):
     """Videos of the shards that `source` names (see `find_shards`), in any mixture of the three forms.
 
@@ -360,7 +361,7 @@ class YouTube8MDataset(paddle.io.Dataset):
         _check_settings(mode, sampling, seg_num, num_classes, max_frames)
         self.mode, self.sampling, self.seg_num, self.num_classes = mode, sampling, seg_num, num_classes
         self.max_frames, self.dequantise, self.seed, self.epoch = max_frames, dequantise, seed, 0
-        self.shards = [_open(path, mode == "infer") for path in find_shards(source)]
+        self.shards = [_open(path, mode == "infer") for path in tqdm(find_shards(source), desc="shards", unit="shard", delay=2, leave=False)]
         self.sizes = [len(shard or ()) + bool(damage) for shard, damage in self.shards]
         self.begins = np.cumsum([0, *self.sizes])
         if not any(shard for shard, _ in self.shards): raise PvnbError(f"no video can be read; the first shard: {self.shards[0][1]}")
@@ -387,7 +388,7 @@ class YouTube8MDataset(paddle.io.Dataset):
         if shard is None or place >= len(shard): raise PvnbError(damage)
         return shard[place]
 
-# %% ../../nbs/foundations/youtube8m.ipynb #904f6b1e
+# %% ../../nbs/foundations/youtube8m.ipynb #fe8d4bef
 def _sample(data, video, index):
     "The sample of a video dict, as the docstring of `YouTube8MDataset` says."
     n = min(len(video["rgb"]), data.max_frames)
@@ -406,7 +407,7 @@ def multi_hot(labels, num_classes, name="video"):
     hot[labels] = 1
     return hot
 
-# %% ../../nbs/foundations/youtube8m.ipynb #24c2513c
+# %% ../../nbs/foundations/youtube8m.ipynb #42990c0f
 WRITERS = {"h5": (write_h5, ".h5"), "tfrecord": (write_records, ".tfrecord"), "pkl": (write_pickle, ".pkl")}
 
 def read_videos(shard, faults):
@@ -430,14 +431,13 @@ def _jobs(source, out_dir, form, options):
     if twice: raise PvnbError(f"{twice[0]} would be written over; convert into another folder, or fewer shards at a time")
     return jobs
 
-# %% ../../nbs/foundations/youtube8m.ipynb #4d99c74b
+# %% ../../nbs/foundations/youtube8m.ipynb #6b41409a
 def convert_shards(source, out_dir, form="h5", workers=None, progress=True, **options):
     """Convert the shards that `source` names (see `find_shards`) into `form` ("h5", "tfrecord" or "pkl") in `out_dir`; `options` go to the writer (`compression` of `write_h5`).
 
     `workers`: processes (default: all cores). Finished shards are kept. Writes `<form>.list` (paths relative to it) and `failures.txt`.
     Returns counts: made, kept, failed (shards), videos (newly written), faults. Raises `PvnbError` for an unknown form, or where no shard could be read.
     """
-    from tqdm import tqdm
     if form not in WRITERS: raise PvnbError(f"unknown form {form!r}, expected one of {', '.join(WRITERS)}")
     jobs = _jobs(source, out_dir, form, options)
     todo = [job for job in jobs if not (os.path.exists(job[1]) and os.path.getmtime(job[1]) >= os.path.getmtime(job[0]))]
@@ -464,7 +464,7 @@ def _old_faults(out_dir, jobs, todo):
     kept = {Path(job[1]).name: job[1] for job in jobs} | {Path(job[1]).name: None for job in todo}
     return {out: [line[1] for line in lines if line[0] == name and len(line) > 1] for name, out in kept.items() if out}
 
-# %% ../../nbs/foundations/youtube8m.ipynb #e76499a2
+# %% ../../nbs/foundations/youtube8m.ipynb #355cec8b
 def youtube8m_command(argv=None):
     "`pvnb data youtube8m SHARDS... OUT_DIR`; returns the exit code, 0. Raises `PvnbError`."
     parser = argparse.ArgumentParser(prog="pvnb data youtube8m", description="Convert shards of YouTube-8M (TFRecord, HDF5 or legacy pickle); interrupt and repeat at will.")

@@ -4,14 +4,14 @@
 __all__ = ['top_k', 'average_precision', 'average_precision_by_class', 'hit_at_one', 'precision_at_equal_recall', 'gap',
            'hit_at_one_release_1_8', 'YouTube8MMetrics']
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #6ecb0bd5
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #3c7bffad
 from collections import Counter
 
 import numpy as np
 
 from ..core import PvnbError
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #32853901
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #90fd87aa
 def _fold(scores, width):
     "Maxima `[N, at most width]` of groups of columns of `scores` `[N, C]`; a NaN makes its group NaN."
     while scores.shape[1] > width:
@@ -42,7 +42,7 @@ def _select(scores, groups, k):
     order = np.argsort(-best, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(best, order, 1), np.take_along_axis(which, order, 1)
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #5582be3a
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #07227a8d
 def _harmonic(first, count):
     "1/first + 1/(first + 1) + ..., `count` terms: float64 `[M]` for ints `[M]`."
     sums = 1.0/first
@@ -71,7 +71,7 @@ def _sorted_ap(scores, hits, lengths, positives):
     gain = won/size*((earlier + 1)*harmonic + slope*(size - rank*harmonic))
     return np.bincount(which, gain, len(lengths))/np.maximum(positives, 1)
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #e05277e5
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #1718a521
 def average_precision(scores, hits, positives):
     """The average precision (0..1) of one ranked list, the mean over the orders of equal scores; 0 without positives.
 
@@ -88,7 +88,7 @@ def average_precision_by_class(scores, classes, hits, positives):
     order = order[np.argsort(classes[order], kind="stable")]
     return _sorted_ap(scores[order], hits[order], np.bincount(classes, minlength=len(positives)), positives)
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #3f4ebbc0
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #c19c48a7
 def _checked(scores, labels):
     "(scores float32 `[N, C]`, labels `[N, C]`) or `PvnbError`."
     scores, labels = np.ascontiguousarray(scores, np.float32), np.asarray(labels)
@@ -112,7 +112,7 @@ def _equal_recall(best, hits, wanted):
     right = np.cumsum(hits & (best > 0), axis=1)
     return right[np.arange(len(hits)), np.maximum(wanted, 1) - 1]*(wanted > 0)/np.maximum(wanted, 1)
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #11a6d66b
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #6a154d33
 def hit_at_one(scores, labels):
     "The share (0..1) of videos whose best class is one of their labels. `scores` `[N, C]`, `labels` multi-hot `[N, C]`. Raises `PvnbError` for other shapes or no video."
     scores, labels = _checked(scores, labels)
@@ -133,7 +133,7 @@ def gap(scores, labels, k=20):
     best, _, hits = _ranked(scores, labels, k)
     return average_precision(best.ravel(), hits.ravel(), int((labels > 0).sum()))
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #5df57723
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #165cf63c
 def hit_at_one_release_1_8(scores, labels):
     """What release/1.8 of the original printed as Hit@1: the mean of `labels[j, best class of i]` over all pairs i, j of a batch. Not a hit rate.
 
@@ -142,7 +142,7 @@ def hit_at_one_release_1_8(scores, labels):
     scores, labels = _checked(scores, labels)
     return float(labels.mean(axis=0, dtype=np.float64)[scores.argmax(axis=1)].mean())
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #ef1d42b7
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #d767242a
 def _count(scores, labels, k):
     "What a block of videos adds: (dict of sums, positives `[C]`, bets); bets = (scores float32, classes uint16 or int32, hits bool), each `[n * k]`."
     n, classes = scores.shape
@@ -160,7 +160,7 @@ def _figures(scores, classes, hits, positives):
     by_class = average_precision_by_class(scores, classes, hits, positives)[positives > 0]
     return float(_sorted_ap(scores, hits, [len(scores)], [positives.sum()])[0]), float(by_class.mean()) if len(by_class) else 0.0
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #d567d817
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #e61ae8d7
 class YouTube8MMetrics:
     """GAP, Hit@1, PERR, mAP and mean loss over batches: `update`, then `compute`; `reset` starts again; `state` and `restore` for checkpoints.
 
@@ -201,7 +201,7 @@ class YouTube8MMetrics:
 
     def restore(self, state): return _restore(self, state)
 
-# %% ../../nbs/foundations/youtube8m_metrics.ipynb #3e14f9d1
+# %% ../../nbs/foundations/youtube8m_metrics.ipynb #af9b53bf
 def _bets(metrics):
     "(scores, classes, hits), each `[bets]`, of all videos so far. Raises `PvnbError` where there is none."
     if not metrics.totals["videos"]: raise PvnbError("no video was counted, so there is no GAP")

@@ -7,7 +7,7 @@ __all__ = ['paddle', 'AFFINITIES', 'ARCHITECTURES', 'Affine', 'NonLocalBlock', '
 # %% ../../nbs/papers/nonlocal.ipynb #6414ed60
 from ..core import PvnbError, import_paddle
 from ..layers.naming import named, named_batch_norm
-from ..layers.resnet import STAGES
+from ..layers.resnet import block_names
 
 paddle = import_paddle()
 from paddle import nn
@@ -137,10 +137,9 @@ class NonLocal(nn.Layer):
         norm = {"affine": affine, "batch_norm": batch_norm}
         self.conv1 = ConvNorm3D("conv1", 3, width, (1 + 2 * radius, 7, 7), 2, **norm)
         self.stages, last = [], width
-        for stage, blocks in enumerate(STAGES[depth], start=2):
+        for stage, blocks in enumerate(block_names(depth), start=2):
             names, wide = [], width * 2**(stage - 2)
-            for i in range(blocks):
-                name = f"res{stage}{chr(ord('a') + i)}"
+            for i, name in enumerate(blocks):
                 layer = Bottleneck3D(name, last, wide, 4 * wide, 2 if i == 0 and stage > 2 else 1, temporal_radius(kind, stage, i), gamma, **norm)
                 self.add_sublayer(name, layer)
                 names.append(name)
