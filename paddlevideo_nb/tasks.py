@@ -4,22 +4,25 @@
 __all__ = ['paddle', 'NAMES', 'TASKS', 'CONFIGS', 'step_decay', 'ClipTask', 'ViewsTask', 'find_model', 'list_models', 'NotBuilt',
            'get_task', 'published_config', 'create_model']
 
-# %% ../nbs/system/tasks.ipynb #7a585531
+# %% ../nbs/system/tasks.ipynb #a751ffe9
+import numpy as np
+
 from .config import Config, load_config
 from .core import PvnbError, import_paddle, nearest
 from .datasets.kinetics import KineticsDataset
-from .datasets.views import ViewsDataset
+from .datasets.views import ViewsDataset, crop_normalised, list_views, resize_short, spatial_offsets, view_frames
 from .metrics.classification import ClipAccuracy
 from .metrics.multiview import MultiViewAccuracy
 from .models.nonlocal_net import NonLocal
 from .models.stnet import StNet
 from .models.tsm import TSM
 from .models.tsn import TSN
+from .transforms import ClipTransform, sample_frames
 
 paddle = import_paddle()
 import paddle.nn.functional as F
 
-# %% ../nbs/system/tasks.ipynb #042c6905
+# %% ../nbs/system/tasks.ipynb #4e36ba24
 def step_decay(train):
     "Learning rate per update, from the TRAIN section of a clip model's configuration: a `PiecewiseDecay`."
     epochs = train.get("decay_epochs") or [train.epoch/3, train.epoch*2/3]
@@ -27,7 +30,7 @@ def step_decay(train):
     values = [train.learning_rate * train.learning_rate_decay**i for i in range(len(epochs) + 1)]
     return paddle.optimizer.lr.PiecewiseDecay([e * updates for e in epochs], values)
 
-# %% ../nbs/system/tasks.ipynb #119f41bd
+# %% ../nbs/system/tasks.ipynb #e3d63ef4
 class ClipTask:
     """Clips to classes: data in the Kinetics form, cross entropy, momentum with step decay and L2, top-1 and top-5.
 
@@ -52,6 +55,20 @@ class ClipTask:
         return KineticsDataset(filelist or value("filelist"), mode, value("format", "pkl"), value("seg_num"), value("seglen", 1), value("short_size"),
                                value("target_size"), value("image_mean"), value("image_std"), seed=seed, cache=cache or value("cache", False),
                                multi_scale=value("multi_scale", self.name == "TSM"), flip=value("flip", True), video_path=video_path, num_classes=self.config.MODEL.num_classes)
+
+    def frame_numbers(self, n_frames):
+        "Which frames of a video of `n_frames` frames the network is given in prediction: int64 `[K]`."
+        return sample_frames(n_frames, self.config.value("infer", "seg_num"), self.config.value("infer", "seglen", 1), "infer", source="mp4")
+
+    def seen(self, n_frames): return self.frame_numbers(n_frames)  # all that a prediction looks at
+
+    def prepare(self, frames):
+        "These frames, uint8 RGB `[K, H, W, 3]`, as the network takes them: (float32 `[seg_num, 3 * seglen, S, S]`, the same as pictures uint8 `[K, S, S, 3]`)."
+        def value(key, default=None): return self.config.value("infer", key, default)
+        mean, std = value("image_mean"), value("image_std")
+        image = ClipTransform("infer", value("seg_num"), value("seglen", 1), value("short_size"), value("target_size"), mean, std)(frames)
+        pictures = image.reshape(len(frames), 3, *image.shape[2:]).transpose(0, 2, 3, 1) * std + mean  # [K, S, S, 3]
+        return image, np.uint8((pictures * 255).clip(0, 255).round())
 
     def forward(self, network, batch, mode="test"):
         "Named outputs: `logits` and `probabilities`, both `[N, num_classes]`."
@@ -82,7 +99,7 @@ class ClipTask:
         "What the original program returns in a mode (train, test, infer), in its order: at inference the probabilities, otherwise loss, probabilities, labels."
         return [outputs["probabilities"]] if mode == "infer" else [loss, outputs["probabilities"], batch["label"]]
 
-# %% ../nbs/system/tasks.ipynb #0a9396a0
+# %% ../nbs/system/tasks.ipynb #a0d64fa8
 class ViewsTask(ClipTask):
     "Non-local: clips `[N, 3, T, H, W]` at a fixed frame rate, tested on many views of each film. Otherwise as `ClipTask`."
     feeds = {f"{mode}_{old}": new for mode in ("train", "test") for old, new in (("data", "image"), ("label", "label"))}
@@ -105,6 +122,24 @@ class ViewsTask(ClipTask):
                             value("image_std"), value("num_test_clips", 30), value("use_multi_crop", 1), seed=seed, cache=cache or value("cache", False),
                             flip=value("flip", True), video_path=video_path, num_classes=self.config.MODEL.num_classes, filename_gt=value("filename_gt"))
 
+    def frame_numbers(self, n_frames):
+        "The frames of one view from the middle of a video: int64 `[video_length]`. (A prediction averages `num_test_clips` views from all over it.)"
+        rate, length = self.config.value("infer", "sample_rate"), self.config.value("infer", "video_length")
+        return (max(n_frames - rate * length, 0)//2 + view_frames(n_frames, 0, 1, rate, length)) % n_frames
+
+    def seen(self, n_frames):
+        "The frames of all views, each once, in order: int64 `[K]`."
+        def value(key, default=None): return self.config.value("infer", key, default)
+        of, _ = list_views(value("num_test_clips", 30), value("use_multi_crop", 1))
+        return np.unique([view_frames(n_frames, i, of, value("sample_rate"), value("video_length")) for i in range(of)])
+
+    def prepare(self, frames):
+        "These frames, uint8 RGB `[T, H, W, 3]`, as the network takes them: (float32 `[3, T, S, S]` of the centre, the same as pictures uint8 `[T, S, S, 3]`)."
+        def value(key): return self.config.value("infer", key)
+        size, small = value("crop_size"), resize_short(frames, value("jitter_scales")[0])
+        top, left = spatial_offsets(*small.shape[1:3], size)
+        return crop_normalised(small, top, left, size, False, value("image_mean"), value("image_std")), small[:, top:top + size, left:left + size]
+
     def loss(self, outputs, batch):
         "Mean cross entropy in nats."
         return F.cross_entropy(outputs["logits"], batch["label"])
@@ -122,7 +157,7 @@ class ViewsTask(ClipTask):
         "As of `ClipTask`, but at test without the loss."
         return super().fetches(mode, outputs, loss, batch)[mode == "test":]
 
-# %% ../nbs/system/tasks.ipynb #b4b7a59f
+# %% ../nbs/system/tasks.ipynb #d5d03146
 NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL")
 TASKS = {"STNET": ClipTask, "TSM": ClipTask, "TSN": ClipTask, "NONLOCAL": ViewsTask}  # name -> task
 
@@ -147,7 +182,7 @@ def get_task(config):
         raise NotBuilt(f"{name} is not built yet (built: {', '.join(TASKS)})")
     return TASKS[name](config)
 
-# %% ../nbs/system/tasks.ipynb #039e2cab
+# %% ../nbs/system/tasks.ipynb #59602b42
 #: Model -> stem of its published configuration.
 CONFIGS = {"AttentionCluster": "attention_cluster", "AttentionLSTM": "attention_lstm", "BsnTem": "bsn_tem", "BsnPem": "bsn_pem"}
 

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['SERVER', 'ZOO', 'START_WEIGHTS', 'MARKERS', 'Published', 'published', 'zoo_table', 'tensor_fields', 'weights_form',
-           'read_metadata', 'read_weights', 'save_weights', 'save_legacy', 'guess_model', 'network_parameters',
-           'load_weights', 'load_pretrained', 'convert', 'convert_command', 'fetch', 'unpack']
+           'read_metadata', 'read_weights', 'save_weights', 'save_legacy', 'guess_model', 'network_digest',
+           'network_parameters', 'load_weights', 'load_pretrained', 'convert', 'convert_command', 'fetch', 'unpack']
 
 # %% ../nbs/system/zoo.ipynb #e3c8a083
 import contextlib
@@ -361,6 +361,12 @@ def guess_model(names):
     names = set(names)
     if names == {"fc_0.w_0", "fc_0.b_0", "fc_1.w_0", "fc_1.b_0"}: return "BSNPEM"
     return next((m for m, mark in MARKERS.items() if any(n.startswith(mark) for n in names)), None)
+
+def network_digest(network):
+    "SHA-256 (hexadecimal) of a network's parameters and statistics: whether two networks would give the same answers."
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()): digest.update(key.encode() + np.ascontiguousarray(value.numpy()).tobytes())
+    return digest.hexdigest()
 
 def network_parameters(network):
     "What a published file of `network` holds: dict, original name -> shape (tuple)."

@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['paddle', 'read_list', 'read_pickle', 'decode_jpegs', 'write_pickle', 'read_clip', 'KineticsDataset',
-           'write_label_list', 'read_label_list', 'write_file_list', 'write_nonlocal_lists', 'prepare_pickles',
-           'kinetics_command']
+           'write_label_list', 'read_label_list', 'class_names', 'write_file_list', 'write_nonlocal_lists',
+           'prepare_pickles', 'kinetics_command']
 
-# %% ../../nbs/foundations/kinetics.ipynb #e33bbb49
+# %% ../../nbs/foundations/kinetics.ipynb #d4a9b1b2
 import argparse
 import concurrent.futures
 import contextlib
@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..core import PvnbError, atomic_path, cpu_count, existing_file, restricted_load, write_text, import_paddle
+from ..core import PvnbError, atomic_path, cpu_count, existing_file, read_json, restricted_load, write_text, import_paddle
 
 paddle = import_paddle()
 from .loader import Skipped, sample_rng
 from ..transforms import ClipTransform, resize, sample_frames
 from ..video import Video, VideoError, iter_frames
 
-# %% ../../nbs/foundations/kinetics.ipynb #abdb94a3
+# %% ../../nbs/foundations/kinetics.ipynb #f50ceafc
 def read_list(path, format="mp4", labelled=True, num_classes=None):
     """`[(path, label or None)]` of a list file: lines `path label` for `format` "mp4", lines `path` for "pkl". Blank lines are passed over.
 
@@ -59,7 +59,7 @@ def _lines(path, what):
     except UnicodeDecodeError:
         raise PvnbError(f"{what} {path} is not a text file in UTF-8") from None
 
-# %% ../../nbs/foundations/kinetics.ipynb #528870c5
+# %% ../../nbs/foundations/kinetics.ipynb #e4ac8d41
 def read_pickle(path):
     """`(name, label, frames)` of a pickled clip: str, int (or None where it holds none), list of JPEG bytes. Written by Python 2 or 3.
 
@@ -91,7 +91,7 @@ def decode_jpegs(frames, path):
         raise VideoError(f"{path}: its frames differ in size")
     return np.stack([decoded[id(data)] for data in frames])
 
-# %% ../../nbs/foundations/kinetics.ipynb #2635dab5
+# %% ../../nbs/foundations/kinetics.ipynb #51b96311
 def _text2(data):
     "The opcode of a Python 2 `str`: T, length, bytes."
     return b"T" + struct.pack("<i", len(data)) + data
@@ -108,7 +108,7 @@ def write_pickle(path, name, label, frames):
             f.write(_text2(data))
         f.write(b"e\x87.")                           # append what follows the mark; a tuple of three; the end
 
-# %% ../../nbs/foundations/kinetics.ipynb #df17901e
+# %% ../../nbs/foundations/kinetics.ipynb #9f205c1a
 def read_clip(file, format, choose):
     """`(frames uint8 [T, H, W, 3], label or None, name)` of a clip file. `choose(n)` gives the numbers of the wanted frames of a clip of n frames.
 
@@ -124,7 +124,7 @@ def _check_choice(value, known, what):
     if value not in known:
         raise PvnbError(f"unknown {what} {value!r} of a Kinetics data set, expected one of {', '.join(known)}")
 
-# %% ../../nbs/foundations/kinetics.ipynb #11ace7c4
+# %% ../../nbs/foundations/kinetics.ipynb #6781f395
 class KineticsDataset(paddle.io.Dataset):
     """Clips of a list file (`read_list`), or with `mode="infer"` the one file `video_path`.
 
@@ -162,7 +162,7 @@ class KineticsDataset(paddle.io.Dataset):
         about = {"name": name} if self.mode == "infer" else {"label": np.array([label], np.int64)}
         return {"image": self.transform(frames, rng), **about}  # image: [seg_num, 3 * seglen, S, S]
 
-# %% ../../nbs/foundations/kinetics.ipynb #c522b03d
+# %% ../../nbs/foundations/kinetics.ipynb #b2323f5b
 def _chosen(data, index, rng):
     "(frames uint8 `[seg_num * seglen, H, W, 3]`, label, name) of item `index` of a `KineticsDataset`, from its file or its cache."
     def choose(n):
@@ -186,7 +186,7 @@ def _labelled(data, index, choose):
         raise PvnbError(f"{file}: label {label} is not in 0 .. {data.num_classes - 1 if data.num_classes else '...'}")
     return frames, label, path if data.format == "mp4" else name
 
-# %% ../../nbs/foundations/kinetics.ipynb #1295b77f
+# %% ../../nbs/foundations/kinetics.ipynb #498eeda9
 def _read_csv(path, needed=("label", "youtube_id", "time_start", "time_end")):
     "Rows (dicts, with their line number) of a Kinetics csv. Raises `PvnbError` naming file and line, or the missing columns."
     rows = csv.DictReader(_lines(path, "Kinetics csv"))
@@ -210,7 +210,29 @@ def read_label_list(path):
     return {label: index for label, index in (_path_and_label(line.strip(), f"{path} line {i}", True)
                                               for i, line in enumerate(_lines(path, "label list"), 1) if line.strip())}
 
-# %% ../../nbs/foundations/kinetics.ipynb #45b2b1a6
+def _names_by_index(path):
+    "`{index: name}` of a label list in any form."
+    if existing_file(path, "label list").suffix != ".json": return {index: name for name, index in read_label_list(path).items()}
+    found = read_json(path, "label list")
+    try:
+        if isinstance(found, list): return dict(enumerate(map(str, found)))
+        if all(isinstance(v, int) for v in found.values()): return {v: k for k, v in found.items()}
+        return {int(k): str(v) for k, v in found.items()}
+    except (AttributeError, ValueError):
+        raise PvnbError(f"label list {path}: expected a list of names, or an object from name to number or from number to name") from None
+
+def class_names(path, n_classes):
+    """Names by class number (list of str), from a label list: lines `name index`, or JSON (a list as `kinetics_labels.json`, or an object either way round).
+
+    Without a path, the numbers as strings. Raises `PvnbError` for a class without a name.
+    """
+    if not path: return [str(i) for i in range(n_classes)]
+    names = _names_by_index(path)
+    missing = [i for i in range(n_classes) if i not in names]
+    if missing: raise PvnbError(f"label list {path} names {len(names)} classes, expected {n_classes}; the first without a name is {missing[0]}")
+    return [names[i] for i in range(n_classes)]
+
+# %% ../../nbs/foundations/kinetics.ipynb #472220bd
 def _clip_name(row):
     "The name of a cut clip: id, start and end second, six digits each (as the download tool of ActivityNet's authors names it)."
     try:
@@ -242,7 +264,7 @@ def write_file_list(csv_path, video_root, labels, out):
     write_text(out, "".join(found))
     return {"clips": len(found), "missing": len(items) - len(found)}
 
-# %% ../../nbs/foundations/kinetics.ipynb #3da5c396
+# %% ../../nbs/foundations/kinetics.ipynb #f1146f13
 _SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "val"}
 
 def _split_of(row, split):
@@ -274,7 +296,7 @@ def write_nonlocal_lists(csv_path, video_root, labels, out_dir, split=None, temp
 
 _LISTS = {"train": "trainlist.txt", "val": "vallist.txt"}
 
-# %% ../../nbs/foundations/kinetics.ipynb #f52a734b
+# %% ../../nbs/foundations/kinetics.ipynb #9166ab16
 def _jobs(source, video_root, out_dir, labels):
     "[(video file, name, label, pickle file)] of a csv or of a list `path label`."
     if "youtube_id" in (_lines(source, "csv or list file") or [""])[0]:
@@ -299,7 +321,7 @@ def _below(path, root):
     "The parts of an absolute path below `root`, or its name alone."
     return path.relative_to(root).parts if root and path.is_relative_to(root) else (path.name,)
 
-# %% ../../nbs/foundations/kinetics.ipynb #a34dad8f
+# %% ../../nbs/foundations/kinetics.ipynb #6bc94ef6
 def _make_pickle(job, quality=95):
     "Write one pickle; returns (job, None) or (job, message). Runs in a worker process."
     file, name, label, out = job
@@ -323,7 +345,7 @@ def _is_done(job):
         return f.read(len(head)) == head
     return False
 
-# %% ../../nbs/foundations/kinetics.ipynb #dbe8b458
+# %% ../../nbs/foundations/kinetics.ipynb #a91838b7
 def prepare_pickles(source, video_root, out_dir, workers=None, labels=None, progress=True):
     """Turn the video files of a Kinetics csv (with its `labels` file), or of a list `path label`, into pickles of JPEG frames below `out_dir`.
 
@@ -352,7 +374,7 @@ def prepare_pickles(source, video_root, out_dir, workers=None, labels=None, prog
     write_text(Path(out_dir)/"failures.txt", "".join(f"{job[0]}\t{failed[job[3]]}\n" for job in jobs if job[3] in failed))
     return {"made": len(todo) - len(failed), "kept": len(jobs) - len(todo), "failed": len(failed)}
 
-# %% ../../nbs/foundations/kinetics.ipynb #0bd3a64e
+# %% ../../nbs/foundations/kinetics.ipynb #3e98cec4
 def _parser():
     parser = argparse.ArgumentParser(prog="pvnb data kinetics", description="Prepare Kinetics, or any labelled clips, for training.",
                                      epilog="`pvnb data kinetics --nonlocal ...` is short for `pvnb data kinetics list --nonlocal ...`.")
@@ -374,7 +396,7 @@ def _nonlocal_list(args):
         print("{clips} clips -> {out}, {missing} missing".format(out=Path(args.out)/_LISTS[part], **counts))
         if part == "val": print(f"{30 * counts['clips']} views -> {Path(args.out)/'testlist.txt'}")
 
-# %% ../../nbs/foundations/kinetics.ipynb #17cd4683
+# %% ../../nbs/foundations/kinetics.ipynb #24088d4d
 def kinetics_command(argv=None):
     "`pvnb data kinetics ...`; returns the exit code, 0 (argparse exits by itself on wrong arguments). Raises `PvnbError`."
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -70,6 +70,14 @@ class MultiViewAccuracy:
         pairs = [(film.label, _judged(film, self.keep)[2][0]) for film in self.films.values()]
         return tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
 
+    @property
+    def confusion(self):
+        "int [C, C]: rows are true classes, columns answers; films of unknown class are not counted. None before any `update`."
+        if self.classes is None: return None
+        labels, answers = self.answers()
+        known = labels >= 0
+        return np.bincount(labels[known]*self.classes + answers[known], minlength=self.classes**2).reshape(self.classes, self.classes)
+
     def state(self): return _state(self)  # everything counted so far: a dict of arrays, to be written with np.savez
 
     def restore(self, state):
