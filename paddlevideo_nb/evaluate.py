@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +36,11 @@ class Progress:
         try:
             with np.load(self.path, allow_pickle=False) as arrays: found = dict(arrays)
             about = json.loads(str(found.pop("about")))
-        except (OSError, ValueError, KeyError, EOFError) as e: raise PvnbError(f"{self.path} is no progress of an evaluation ({e}): remove it to start again") from None
-        if about["key"] != self.key: return 0, []  # another network, configuration or list: start again
-        metric.restore(found)
-        return about["batches"], about["skipped"]
+            if about["key"] != self.key: return 0, []  # another network, configuration or list: start again
+            metric.restore(found)
+            return about["batches"], about["skipped"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+            raise PvnbError(f"{self.path} is no progress of an evaluation ({e}): remove it to start again") from None
 
     def save(self, metric, batches, skipped):
         if not self.path or time.monotonic() - self.last < self.seconds: return
@@ -67,6 +69,7 @@ def run_through(task, network, metric, data=None, mode="test", batch_size=None, 
     batch_size = batch_size or task.batch_size(mode)
     done, skipped = keep.restore(metric)
     total = -(-len(data)//batch_size)
+    if done: print(f"{task.name}: goes on behind batch {done} of {total}", file=sys.stderr)
     network.eval()
     loader = make_loader(data, batch_size, workers=workers, skip_batches=done) if done < total else ()
     with paddle.no_grad():
@@ -136,6 +139,7 @@ def evaluate_command(argv):
     from paddlevideo_nb.zoo import fetch, load_weights
     task = get_task(config)
     data, metric, folder = task.dataset("test"), task.metric("test"), Path(args.save_dir)
+    names = _label_names(config, args.labels, config.MODEL.get("num_classes", 0))  # a wrong list is told before the work, not after
     network = load_weights(task.network(), args.weights or fetch(task.name))
     keep = Progress(folder/f"{task.name}_progress.npz", _key(network, config, data, task.batch_size("test"))) if hasattr(metric, "state") else None
     run_through(task, network, metric, data, workers=reader_processes(task, "test", args.workers), keep=keep)
@@ -143,15 +147,18 @@ def evaluate_command(argv):
     path = folder/f"{task.name}_metrics.json"
     write_json(path, {"model": task.name, "config": config.source, "weights": args.weights, **metric.result})
     print(f"written to {path}")
-    if getattr(metric, "confusion", None) is not None: _report_classes(metric.confusion, folder, task, args.labels)
+    if getattr(metric, "confusion", None) is not None: _report_classes(metric.confusion, folder, task.name, names)
     return 0
 
-def _report_classes(confusion, folder, task, labels):
-    "Write accuracy by class and the confusion matrix; print the worst confusions."
+def _report_classes(confusion, folder, model, names):
+    "Write accuracy by class and the confusion matrix; print the three worst classes and the three most frequent confusions."
+    from paddlevideo_nb.metrics.classification import per_class_accuracy
     from paddlevideo_nb.plots import worst_confusions
-    names = _label_names(task.config, labels, len(confusion))
+    accuracy = per_class_accuracy(confusion)
+    worst = [i for i in np.argsort(accuracy, kind="stable")[:3] if not np.isnan(accuracy[i])]  # classes without videos come last
+    print("worst:", ", ".join(f"{names[i] if names else i} {accuracy[i]:.2f}" for i in worst))
     for true, answer, count in worst_confusions(confusion, names, 3): print(f"  {true} taken for {answer}: {count}")
-    print("by class:", *write_confusion(confusion, folder, task.name, names))
+    print("by class:", *write_confusion(confusion, folder, model, names))
 
 # %% ../nbs/system/evaluation.ipynb #2759c4ec
 if __name__ == "__main__" and "__file__" in globals():

@@ -16,22 +16,29 @@ def activation_map(network, image, classes=None):
 
     `network`: one with `maps` and `head` (all clip networks); `image`: its input, float32. `classes`: int `[N]`, by default the best of each clip.
     Where the head is a mean and a linear layer, the map sums to logit minus bias (class-activation map, arXiv 1512.04150); otherwise it is gradient times
-    activation (HiResCAM, arXiv 2011.08891). The network's mode and gradients are left alone. Raises `PvnbError` for a class that it does not have.
+    activation (HiResCAM, arXiv 2011.08891). The modes of the network and its parts and the parameters' gradients are left alone.
+    Raises `PvnbError` for a network without `maps`, and for a class that it does not have.
     """
-    training = network.training
+    if not hasattr(network, "maps"): raise PvnbError(f"{type(network).__name__} has no maps of places and times: only clip networks have")
+    modes = [(layer, layer.training) for layer in network.sublayers(include_self=True)]
     network.eval()
     try:
         with paddle.no_grad(): maps = network.maps(image)
         maps.stop_gradient = False
-        logits = network.head(maps)                                               # [N, num_classes]
-        chosen = logits.argmax(1).numpy() if classes is None else np.asarray(classes).reshape(-1)
-        if len(chosen) != len(logits) or chosen.min() < 0 or chosen.max() >= logits.shape[1]:
-            raise PvnbError(f"classes {chosen.tolist()} for {len(logits)} clips, expected one of 0 .. {logits.shape[1] - 1} for each")
-        score = paddle.take_along_axis(logits, paddle.to_tensor(chosen.reshape(-1, 1).astype("int64")), 1).sum()
-        gradient = paddle.grad(score, maps)[0]                                    # [N, T, D, h, w]
+        with paddle.enable_grad():                              # whatever the caller has set
+            logits = network.head(maps)                         # [N, num_classes]
+            score = paddle.take_along_axis(logits, _chosen(logits, classes), 1).sum()
+            gradient = paddle.grad(score, maps)[0]              # [N, T, D, h, w]
     finally:
-        if training: network.train()
+        for layer, mode in modes: layer.training = mode
     return (gradient * maps).sum(2).numpy(), logits.numpy()
+
+def _chosen(logits, classes):
+    "The classes asked for, or the best of each clip: int64 `[N, 1]`."
+    chosen = logits.argmax(1).numpy() if classes is None else np.asarray(classes).reshape(-1)
+    if chosen.dtype.kind not in "iu" or len(chosen) != len(logits) or chosen.min() < 0 or chosen.max() >= logits.shape[1]:
+        raise PvnbError(f"classes {chosen.tolist()} for {len(logits)} clips, expected one of 0 .. {logits.shape[1] - 1} for each")
+    return paddle.to_tensor(chosen.reshape(-1, 1).astype("int64"))
 
 def over_time(maps):
     "What each moment adds: `[N, T, h, w] -> [N, T]`."
@@ -42,6 +49,7 @@ def _check(frames, maps):
     frames, maps = np.asarray(frames), np.asarray(maps)
     if frames.ndim != 4 or frames.dtype != np.uint8 or maps.ndim != 3 or not len(maps) or len(frames) % len(maps):
         raise PvnbError(f"frames {list(frames.shape)} {frames.dtype} and maps {list(maps.shape)}: expected uint8 [T, H, W, 3] and [T', h, w], T a multiple of T'")
+    if not np.isfinite(maps).all(): raise PvnbError("the maps hold values that are not finite: the network has diverged")
     return frames, maps
 
 def overlay(frames, maps, strength=.65):
@@ -56,18 +64,24 @@ def overlay(frames, maps, strength=.65):
     color = colormaps["inferno"](heat[..., 0])[..., :3] * 255
     return np.uint8(gray * (1 - strength*heat) + color * strength*heat)
 
-def activation_figure(frames, maps, times=None, title=None):
+def activation_figure(frames, maps, times=None, title=None, n=10):
     """The frames that a network saw under what they add to the score, and below that what each moment adds. Returns the Figure.
 
-    `frames`: uint8 `[T, H, W, 3]`; `maps`: `[T', h, w]` of one clip, T a multiple of T'; `times`: seconds of the frames.
+    `frames`: uint8 `[T, H, W, 3]`, of which `n`, evenly spread, are shown; `maps`: `[T', h, w]` of one clip, T a multiple of T'; `times`: seconds of the frames.
     """
+    from matplotlib.cm import ScalarMappable
     from paddlevideo_nb.plots import added_bars, film_strip, new_figure, quiet
     frames, maps = _check(frames, maps)
+    shown = min(n, len(frames))
     with quiet():
-        width = min(10, 1.3*len(frames) + .6)
-        fig = new_figure(width, width/len(frames)*frames.shape[1]/frames.shape[2] + 1.7)
-        top, bottom = fig.subplots(2, height_ratios=(width/len(frames)*frames.shape[1]/frames.shape[2] + .3, 1.2))
-        film_strip(top, overlay(frames, maps), len(frames), times)
+        width = min(9, 1.3*shown + .6)
+        strip = width/shown * frames.shape[1]/frames.shape[2] + .3
+        fig = new_figure(width + 1, strip + 1.4)
+        top, bottom = fig.subplots(2, height_ratios=(strip, 1.2))
+        film_strip(top, overlay(frames, maps), shown, times)
         added_bars(bottom, maps.sum((1, 2)))
+        scale = ScalarMappable(cmap="inferno")
+        scale.set_clim(0, max(maps.max(), 1e-12))
+        fig.colorbar(scale, ax=[top, bottom], aspect=30, label="added by a place")
         if title: top.set_title(title)
     return fig

@@ -5,7 +5,7 @@ __all__ = ['paddle', 'BOUND', 'TOO_SENSITIVE', 'regenerate', 'feeds', 'compare',
            'check_published', 'check_schedule', 'checkpoint_forms', 'check_checkpoint', 'check_processing',
            'find_cases', 'check_case', 'parity', 'format_rows', 'parity_command']
 
-# %% ../nbs/system/parity.ipynb #e03a869d
+# %% ../nbs/system/parity.ipynb #529e2554
 import json
 import zlib
 from pathlib import Path
@@ -15,13 +15,14 @@ import numpy as np
 from .config import load_config
 from .core import PvnbError, golden_dir, import_paddle, read_json
 from .layers.naming import original_names
+from .layers.sequences import pad_sequences
 from .processing import PROCESSING, kind_of
 from .tasks import NotBuilt, get_task
 from .zoo import load_weights, read_weights
 
 paddle = import_paddle()
 
-# %% ../nbs/system/parity.ipynb #126f461d
+# %% ../nbs/system/parity.ipynb #f3ad0ff3
 def _state(salt, key):
     return np.random.RandomState(zlib.crc32(f"{salt}/{key}".encode()) & 0xFFFFFFFF)
 
@@ -36,9 +37,15 @@ def regenerate(case):
     return values
 
 def feeds(case, mode):
-    "Feed name -> array, for a case's `infer`, `test` or `train` inputs."
-    return {name: _feed(_state(case["salt"], f"input:{name}"), **{k: spec[k] for k in ("kind", "shape", "arg")})
-            for name, spec in case[f"{mode}_inputs"].items()}
+    """Feed name -> array, for a case's `infer`, `test` or `train` inputs. Sequences, which the original held one after another, come padded, with `lengths` int64 `[N]`."""
+    found = {}
+    for name, spec in case[f"{mode}_inputs"].items():
+        value = _feed(_state(case["salt"], f"input:{name}"), **{k: spec[k] for k in ("kind", "shape", "arg")})
+        if spec.get("sequence_lengths"):
+            found["lengths"] = np.array(spec["sequence_lengths"][-1], "int64")
+            value = pad_sequences(value, found["lengths"])
+        found[name] = value
+    return found
 
 def _feed(r, kind, shape, arg):
     if kind == "normal": return (r.standard_normal(shape) * arg).astype("float32")
@@ -50,7 +57,7 @@ def _feed(r, kind, shape, arg):
     if kind == "values": return np.array(arg).reshape(shape).astype("int64" if isinstance(arg[0], int) else "float32")
     raise PvnbError(f"unknown kind of input {kind!r}")
 
-# %% ../nbs/system/parity.ipynb #ab45ab0a
+# %% ../nbs/system/parity.ipynb #daf12855
 BOUND, TOO_SENSITIVE = 1e-4, 0.05
 
 def compare(ours, theirs):
@@ -66,7 +73,7 @@ def row(case, what, ours, theirs, bound=BOUND, judged=True):
     verdict = ("ok" if relative <= bound else "FAIL") if judged else "shown"
     return {"case": case, "what": what, "absolute": absolute, "relative": relative, "verdict": verdict}
 
-# %% ../nbs/system/parity.ipynb #eff2bc87
+# %% ../nbs/system/parity.ipynb #9a4cfb1f
 def _outputs(case_name, prefix, values, specs, arrays):
     "Rows for a list of outputs against their records."
     if len(values) != len(specs):
@@ -80,9 +87,9 @@ def _outputs(case_name, prefix, values, specs, arrays):
             rows.append(row(case_name, f"{prefix} output {i}, norm", [np.linalg.norm(value.astype("float64"))], [spec["l2"]]))
     return rows
 
-def _set(network, values):
-    "Give a network the regenerated values, by original name. Raises `PvnbError` where names or shapes do not fit."
-    names, state = original_names(network), network.state_dict()
+def _set(network, values, computed=()):
+    "Give a network the regenerated values, by original name; it keeps its own for names in `computed`. Raises `PvnbError` where names or shapes do not fit."
+    names, state = {key: name for key, name in original_names(network).items() if name not in computed}, network.state_dict()
     missing, surplus = set(names.values()) - set(values), set(values) - set(names.values())
     if missing or surplus:
         raise PvnbError(f"names differ: missing {sorted(missing)[:3]} ({len(missing)}), surplus {sorted(surplus)[:3]} ({len(surplus)})")
@@ -93,7 +100,7 @@ def _set(network, values):
             raise PvnbError(f"{name} has shape {list(state[key].shape)}, recorded {list(array.shape)}")
         state[key].set_value(array)
 
-# %% ../nbs/system/parity.ipynb #4591210e
+# %% ../nbs/system/parity.ipynb #e6219428
 def _without_dropout(network):
     for layer in network.sublayers():
         if isinstance(layer, (paddle.nn.Dropout, paddle.nn.Dropout2D)): layer.p = 0.0
@@ -103,7 +110,7 @@ def _prepare(case, mode, overrides):
     config = load_config(Path(case["config_file"]).stem, **overrides)
     task = get_task(config)
     network = task.network()
-    _set(network, regenerate(case))
+    _set(network, regenerate(case), {v["name"] for v in case.get("computed_variables", ())})
     if mode != "test": _without_dropout(network)
     network.train() if mode == "train" else network.eval()
     return task, network, {task.feeds.get(k, k): paddle.to_tensor(v) for k, v in feeds(case, mode).items()}
@@ -120,7 +127,7 @@ def check_inference(name, case, arrays):
         rows += _outputs(name, mode, task.fetches(mode, outputs, loss, batch), case[f"{mode}_outputs"], arrays)
     return rows
 
-# %% ../nbs/system/parity.ipynb #21993164
+# %% ../nbs/system/parity.ipynb #3bf9b6aa
 def check_training(name, case):
     "Rows for three optimiser steps on one fixed batch."
     if "train_steps" not in case: return []
@@ -159,7 +166,7 @@ def _step_rows(step, name, fetched, record, tensors, start, sensitivity):
         rows.append(judge("moving statistics", norms(tensors[k].numpy() for k in moving), [v["l2"] for v in moving.values()], "watched_relative"))
     return rows
 
-# %% ../nbs/system/parity.ipynb #891f16f9
+# %% ../nbs/system/parity.ipynb #00e8ca46
 def check_published(name, record):
     "Rows for `published_parameters.json`: names, shapes and the number of trainable parameters."
     network = get_task(Path(record["config_file"]).stem).network()
@@ -182,7 +189,7 @@ def check_schedule(name, stem, record):
     theirs = [rate for _, rate in record["learning_rate_of_update"]]
     return [row(name, "learning rate", np.array(ours)/theirs, np.ones(len(ours)), 1e-6)]
 
-# %% ../nbs/system/parity.ipynb #c4b1c976
+# %% ../nbs/system/parity.ipynb #14a19ff2
 def checkpoint_forms(folder):
     "Form -> path, for a folder `checkpoint`."
     forms = {"file": next(iter(sorted(folder.glob("*.pdparams"))), None), "combined": next(iter(sorted(folder.glob("combined/*"))), None)}
@@ -208,15 +215,15 @@ def check_checkpoint(name, folder):
         rows.append(row(name, f"{form}: loaded into {task.name}", [loaded], [0], 0))
     return rows
 
-# %% ../nbs/system/parity.ipynb #61848d84
+# %% ../nbs/system/parity.ipynb #9f5b809c
 def check_processing(name, path):
     "Rows for one processing case, by the checks of its kind."
     kind = kind_of(path)
     if kind is None: raise NotBuilt(path.stem)
     with np.load(path, allow_pickle=False) as arrays:
-        return [row(name, what, ours, theirs, 1e-6) for what, ours, theirs in PROCESSING[kind](dict(arrays))]
+        return [row(name, what, ours, theirs, 1e-6) for what, ours, theirs in PROCESSING[kind]({**arrays, "path": path})]
 
-# %% ../nbs/system/parity.ipynb #e3427078
+# %% ../nbs/system/parity.ipynb #8ff49c5f
 def find_cases(folder):
     "(name, kind, path) of every case below `folder` (or of one file), sorted. Kinds: network, parameters, schedules, checkpoint, processing."
     root = Path(folder)
@@ -242,7 +249,7 @@ def _json_kind(path):
 
 def _is_network(path): return path.is_file() and _json_kind(path) == "network"
 
-# %% ../nbs/system/parity.ipynb #1f2e0bc9
+# %% ../nbs/system/parity.ipynb #13f204c7
 def check_case(name, kind, path):
     "The rows of one case. What fails with an error gives one FAIL row that says why; what is to come, one `not built` row."
     def one(what, verdict): return [{"case": name, "what": what, "absolute": np.inf, "relative": np.inf, "verdict": verdict}]
@@ -272,7 +279,7 @@ def parity(folder, progress=True):
         rows += _check_schedules(name, path) if kind == "schedules" else check_case(name, kind, path)
     return rows
 
-# %% ../nbs/system/parity.ipynb #3bfab016
+# %% ../nbs/system/parity.ipynb #84b2e2f8
 def format_rows(rows):
     "The rows as a text table."
     import pandas as pd

@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['PROCESSING', 'kind_of']
 
-# %% ../nbs/system/processing.ipynb #e80ae59c
+# %% ../nbs/system/processing.ipynb #ebf8b9ce
 import numpy as np
 
 from .config import load_config
 
-# %% ../nbs/system/processing.ipynb #18fd27f5
+# %% ../nbs/system/processing.ipynb #45fec328
 def _kinetics_metric(a):
     from paddlevideo_nb.metrics.classification import topk_accuracy
     return [(f"top-{k}", topk_accuracy(a["scores"], a["labels"], k), a[f"top{k}"]) for k in (1, 5)]
@@ -43,7 +43,7 @@ def _kinetics_resize(a):
                    (f"image {i}, transformed", _transform(1, 1, short, target, image[None]), a[f"out_{i}"])]
     return checks
 
-# %% ../nbs/system/processing.ipynb #e64379a1
+# %% ../nbs/system/processing.ipynb #4ed9ae4c
 def _view_frames(a):
     from paddlevideo_nb.datasets.views import view_frames
     ours, theirs = [], []
@@ -74,7 +74,7 @@ def _multicrop(a):
     report = multiview_report(a["video_ids"], a["probabilities"], a["ground_truth"], int(a["num_test_clips"]))
     return [(key, ours, a[key if key in a else "infer_rows_video_class_probability"]) for key, ours in report.items()]
 
-# %% ../nbs/system/processing.ipynb #eed57c84
+# %% ../nbs/system/processing.ipynb #4bf90e9a
 def _youtube8m_metrics(a):
     from paddlevideo_nb.metrics.youtube8m import YouTube8MMetrics, gap, hit_at_one, hit_at_one_release_1_8, precision_at_equal_recall
     p, y = a["predictions"], a["labels"]
@@ -90,7 +90,7 @@ def _youtube8m_metrics(a):
             ("two halves: Hit@1 as release/1.8 has it", broken, a["accumulated_hit_at_one"]),
             (f"two halves: average precision of {p.shape[1]} classes", metric.class_average_precisions(), a["accumulated_aps"])]
 
-# %% ../nbs/system/processing.ipynb #d4d2c208
+# %% ../nbs/system/processing.ipynb #3aafd3ff
 def _youtube8m_reader(a):
     "Through the TFRecord form: what the data set gives for the raw records. The original feeds float32, so the recorded float64 are compared as such."
     import tempfile
@@ -116,13 +116,105 @@ def _youtube8m_reader(a):
         triples.append((f"labels of video {i}", multi_hot(video["labels"], int(a["num_classes"])), a[f"one_hot_{i}"]))
     return triples
 
-# %% ../nbs/system/processing.ipynb #54375917
+# %% ../nbs/system/processing.ipynb #c74f10d0
+def _activitynet(a):
+    "The official evaluation, from the files beside the case: NAME_ground_truth.json, NAME_proposals.json, NAME_detections.json."
+    from paddlevideo_nb.metrics.detection import evaluate_detections
+    from paddlevideo_nb.metrics.proposals import evaluate_proposals
+    def beside(part): return a["path"].with_name(f"{a['path'].stem}_{part}.json")
+    proposals = evaluate_proposals(beside("ground_truth"), beside("proposals"))
+    detections = evaluate_detections(beside("ground_truth"), beside("detections"))
+    return [("recall at 10 tIoU and 100 numbers", proposals["recall"], a["recall"]), ("average recall", proposals["average_recall"], a["average_recall"]),
+            ("average number of proposals", proposals["average_number"], a["average_number"]), ("AUC in percent", 100*proposals["auc"], a["auc"]),
+            (f"average precision of {len(detections['classes'])} classes", detections["ap"][:, [detections["classes"].index(c) for c in a["classes"].tolist()]], a["ap"]),
+            ("mAP at 10 tIoU", detections["mean_ap"], a["mean_ap"]), ("average mAP", detections["average_map"], a["average_map"])]
+
+# %% ../nbs/system/processing.ipynb #1fb99892
+def _rows(segments, scores, duration):
+    "[start, end, score] in seconds of what is written out."
+    from paddlevideo_nb.metrics.temporal import result_rows
+    return np.array([[*r["segment"], r["score"]] for r in result_rows(segments, scores, float(duration))])
+
+# %% ../nbs/system/processing.ipynb #8bd2c9c4
+def _bmn_labels(a):
+    from paddlevideo_nb.datasets.activitynet import bmn_labels, clean_segments
+    segments, _ = clean_segments([{"segment": s} for s in a["segments"]], float(a["duration"]))
+    return [(k, ours, a[k]) for k, ours in zip(("gt_iou_map", "gt_start", "gt_end"), bmn_labels(segments, int(a["tscale"])), strict=True)]
+
+# %% ../nbs/system/processing.ipynb #018081f8
+def _bsn_labels(a):
+    from paddlevideo_nb.datasets.activitynet import bsn_labels, clean_segments
+    segments, _ = clean_segments([{"segment": s} for s in a["segments"]], float(a["duration"]))
+    found = bsn_labels(segments, int(a["tscale"]), float(a["gt_boundary_ratio"]))
+    return [(k, ours, a[k]) for k, ours in zip(("gt_start", "gt_end", "gt_action"), found, strict=True)]
+
+# %% ../nbs/system/processing.ipynb #abb19731
+def _bmn_proposals(a):
+    from paddlevideo_nb.metrics.temporal import boundary_pairs, soft_nms
+    first, last = boundary_pairs(a["pred_start"], a["pred_end"])
+    cell, confidence = 1.0/len(a["pred_start"]), a["pred_bm"][0, 0]*a["pred_bm"][0, 1]
+    raw = np.stack([first*cell, (last + 1)*cell, a["pred_start"][first]*a["pred_end"][last]*confidence[last - first, first]], 1)
+    picks, scores = soft_nms(raw[:, :2], raw[:, 2], *map(float, a["snms"]))
+    return [(f"{len(a['raw'])} proposals", raw, a["raw"]), (f"{len(a['final'])} after soft-NMS", _rows(raw[picks, :2], scores, a["duration"]), a["final"])]
+
+# %% ../nbs/system/processing.ipynb #a0aa6c4e
+def _bsn_soft_nms(a):
+    from paddlevideo_nb.metrics.temporal import soft_nms
+    c = dict(zip(a["columns"].tolist(), a["rows"].T, strict=True))
+    segments = np.stack([c["xmin"], c["xmax"]], 1)
+    picks, scores = soft_nms(segments, c["xmin_score"]*c["xmax_score"]*c["iou_score"], *map(float, a["snms"]))
+    return [(f"{len(a['final'])} after soft-NMS", _rows(segments[picks], scores, a["duration"]), a["final"])]
+
+# %% ../nbs/system/processing.ipynb #cd17c3c7
+def _ctcn_boxes(a):
+    from paddlevideo_nb.metrics.temporal import anchor_boxes, class_detections, decode_boxes, encode_boxes
+    anchors = anchor_boxes()
+    offsets, classes = encode_boxes(a["gt_boxes"], a["gt_labels"], anchors)
+    boxes, labels, scores = class_detections(decode_boxes(a["loc_preds"], anchors), a["cls_preds"], *map(float, a["thresholds"]))
+    return [("default boxes", anchors, a["default_boxes"]), ("location targets", offsets, a["loc_targets"]), ("class targets", classes, a["cls_targets"]),
+            (f"{len(a['boxes'])} detections: boxes", boxes, a["boxes"]), ("their labels", labels, a["labels"]), ("their scores", scores, a["scores"])]
+
+# %% ../nbs/system/processing.ipynb #f8a21ed0
+def _ctcn_detections(a):
+    "Detections in seconds as the original writes them; a row of the table is start, end, score, class."
+    from paddlevideo_nb.metrics.temporal import anchor_boxes, class_detections, decode_boxes, result_rows
+    triples = []
+    for i, duration in enumerate(a["durations_seconds"]):
+        boxes, labels, scores = class_detections(decode_boxes(a[f"loc_preds_{i}"][0], anchor_boxes()), a[f"cls_probabilities_{i}"][0], *map(float, a["thresholds_score_nms_sigma_soft"]))
+        seconds = np.array([r["segment"] for r in result_rows(boxes/512, scores, float(duration), most=len(boxes))])
+        triples.append((f"video {i}: {len(a[f'detections_{i}'])} detections", np.column_stack([seconds, scores, labels]), a[f"detections_{i}"]))
+    return triples
+
+# %% ../nbs/system/processing.ipynb #db81833e
+def _ctcn_reader(a):
+    "Score files written as pickles of protocol 2, and read again."
+    import pickle
+    import tempfile
+    from pathlib import Path
+
+    from paddlevideo_nb.datasets.activitynet import ctcn_sample, read_scores, resize_rows
+    from paddlevideo_nb.metrics.temporal import anchor_boxes, encode_boxes
+    triples = []
+    for i in range(sum(k.startswith("image_") for k in a)):
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [Path(folder)/f"{k}.pkl" for k in ("rgb", "flow")]
+            for path, k in zip(paths, ("rgb", "flow"), strict=True): path.write_bytes(pickle.dumps({b"scores": a[f"{k}_{i}"]}, protocol=2))
+            image = read_scores(*paths)
+        offsets, classes = encode_boxes(a[f"boxes_{i}"]*(512.0/len(image)), a[f"labels_{i}"], anchor_boxes())
+        triples += [(f"video {i}: image", ctcn_sample(image, a[f"boxes_{i}"], a[f"labels_{i}"])["image"], a[f"image_{i}"]),
+                    (f"video {i}: rows", resize_rows(np.arange(len(image))[:, None])[:, 0], a[f"row_of_each_output_row_{i}"]),
+                    (f"video {i}: location targets", offsets, a[f"loc_targets_{i}"]), (f"video {i}: class targets", classes, a[f"cls_targets_{i}"])]
+    return triples
+
+# %% ../nbs/system/processing.ipynb #3d655f37
 #: How the file's name begins -> function from its arrays to (what, ours, theirs) triples. All must be equal to the last bit, or to 1e-6 where they are averages.
 PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambda a: _frame_numbers("pkl")(a),
               "kinetics_mp4_test_frame_indices": lambda a: _frame_numbers("mp4")(a),
               "kinetics_test_transform": _kinetics_transform, "kinetics_test_resize": _kinetics_resize,
               "nonlocal_test_frame_indices": _view_frames, "nonlocal_test_views": _test_views, "multicrop": _multicrop,
-              "youtube8m": _youtube8m_metrics, "youtube8m_reader": _youtube8m_reader}
+              "youtube8m": _youtube8m_metrics, "youtube8m_reader": _youtube8m_reader,
+              "activitynet": _activitynet, "bmn/labels": _bmn_labels, "bmn/proposals": _bmn_proposals, "bsn_tem/labels": _bsn_labels,
+                 "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader}
 
 def kind_of(path):
     "The longest key of `PROCESSING` with which `path` (a pathlib Path) begins, its folder's name included or not; None for an unknown kind."

@@ -120,3 +120,81 @@ def test_pairs():
     assert within_pair_accuracy(scores, [0, 0, 3]) == 2.5/3
     with pytest.raises(PvnbError, match="pair up"):
         within_pair_accuracy(scores[:, :3], [0, 1, 2])
+
+
+# --- where it errs, over batches and over interruptions
+
+
+def batches(n=57, classes=7, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.random((n, classes)), rng.integers(-1, classes, (n, 1))  # -1: unknown
+    return [({"probabilities": scores[i:i + size], "loss": rng.random()}, {"label": labels[i:i + size]}) for i in range(0, n, size)], scores, labels
+
+
+def test_confusion_adds_up_over_batches():
+    parts, scores, labels = batches()
+    metric = ClipAccuracy()
+    assert metric.confusion is None
+    for part in parts:
+        metric.update(*part)
+    assert np.array_equal(metric.confusion, confusion_matrix(scores, labels, 7)) and metric.confusion.dtype.kind == "i"
+    assert metric.confusion.sum() == (labels >= 0).sum() and np.trace(metric.confusion) == metric.hits1
+    assert all(type(v) in (int, float) for v in metric.compute().values()) and list(metric.compute()) == ["loss", "top1", "top5", "videos"]
+    metric.reset()
+    assert metric.confusion is None
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_a_state_through_a_file_changes_no_figure(stop, tmp_path):
+    parts, _, _ = batches()
+    whole, first, second = ClipAccuracy(), ClipAccuracy(), ClipAccuracy()
+    for part in parts:
+        whole.update(*part)
+    for part in parts[:stop]:
+        first.update(*part)
+    np.savez(tmp_path/"state.npz", **first.state())
+    with np.load(tmp_path/"state.npz", allow_pickle=False) as state:
+        second.restore(dict(state))
+    assert (second.confusion is None) == (stop == 0)
+    for part in parts[stop:]:
+        second.update(*part)
+    assert second.compute() == whole.compute() and np.array_equal(second.confusion, whole.confusion)
+    assert first.videos == sum(len(b["label"]) for _, b in parts[:stop])  # the first is a metric of its own
+
+
+def test_what_is_no_state_or_of_other_classes_is_refused():
+    metric = ClipAccuracy()
+    with pytest.raises(PvnbError, match="no state of a ClipAccuracy: it holds other"):
+        metric.restore({"other": np.zeros(3)})
+    metric.update({"probabilities": np.eye(3)}, {"label": np.arange(3)})
+    with pytest.raises(PvnbError, match="of 2 classes, and of 3 before"):
+        metric.update({"probabilities": np.eye(2)}, {"label": np.arange(2)})
+    assert metric.compute()["videos"] == 3 and metric.confusion.tolist() == np.eye(3).tolist()
+
+
+# --- and as a picture
+
+
+@pytest.mark.parametrize("n", [2, 10, 400])
+def test_confusions_can_be_read(n, tmp_path):
+    from paddlevideo_nb.plots import confusion_figure, save_figure, worst_confusions
+    table = np.diag(np.full(n, 5))
+    table[1, 0], table[0, n - 1] = 4, table[0, n - 1] + (n > 2)
+    names = [f"class {i}" for i in range(n)]
+    assert worst_confusions(table, names, 2) == [("class 1", "class 0", 4)] + [("class 0", f"class {n - 1}", 1)] * (n > 2)
+    fig = confusion_figure(table, names, "title")
+    texts = [t.get_text() for ax in fig.axes for t in ax.texts]
+    if n <= 10:
+        assert sorted(texts) == sorted(str(v) for v in table.ravel() if v) and [t.get_text() for t in fig.axes[0].get_yticklabels()] == names
+    else:
+        assert "class 1 taken for class 0: 4" in texts[0] and "class 0 taken for class 399: 1" in texts[0]
+    drawn = np.asarray(fig.axes[0].images[0].get_array())
+    assert drawn.shape[0] <= 150 and drawn[0, -1] == pytest.approx(1/6 if n > 2 else 0) and drawn.max() == 1  # a lonely confusion is not lost
+    assert fig.axes[0].get_xlim() == (-.5, n - .5) and save_figure(fig, tmp_path/"c.png").stat().st_size <= 150_000
+
+
+@pytest.mark.parametrize("table, names", [(np.zeros((2, 3)), None), (np.zeros((0, 0)), None), (np.eye(3), ["a", "b"])])
+def test_what_is_no_confusion_matrix_is_said(table, names):
+    from paddlevideo_nb.plots import confusion_figure
+    with pytest.raises(PvnbError, match="expected .C, C. and a name for each class"):
+        confusion_figure(table, names)

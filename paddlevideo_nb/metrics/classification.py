@@ -71,10 +71,13 @@ class ClipAccuracy:
         "`outputs['probabilities']` [N, C]; `batch['label']` [N, 1] or [N]; `outputs['loss']`, if given, a mean over the N."
         scores, labels = np.asarray(outputs["probabilities"]), np.asarray(batch["label"])
         hits1, hits5 = topk_hits(scores, labels, 1), topk_hits(scores, labels, 5)
+        table = confusion_matrix(scores, labels, scores.shape[1])
+        if self.confusion is not None and len(self.confusion) != len(table):
+            raise PvnbError(f"probabilities of {len(table)} classes, and of {len(self.confusion)} before")
         self.videos += len(scores)
         self.hits1 += int(hits1.sum())
         self.hits5 += int(hits5.sum())
-        self.confusion = confusion_matrix(scores, labels, scores.shape[1]) + (0 if self.confusion is None else self.confusion)
+        self.confusion = table if self.confusion is None else self.confusion + table
         if outputs.get("loss") is not None: self.loss += float(np.mean(np.asarray(outputs["loss"]))) * len(scores)
 
     def compute(self):

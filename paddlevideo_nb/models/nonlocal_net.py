@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['paddle', 'AFFINITIES', 'ARCHITECTURES', 'Affine', 'NonLocalBlock', 'ConvNorm3D', 'Bottleneck3D', 'temporal_radius',
-           'NonLocal']
+           'window_means', 'log_mean_softmax', 'inflate', 'NonLocal']
 
-# %% ../../nbs/papers/nonlocal.ipynb #6414ed60
+# %% ../../nbs/papers/nonlocal.ipynb #02ace762
 from ..core import PvnbError, import_paddle
 from ..layers.naming import named, named_batch_norm
 from ..layers.resnet import block_names
@@ -13,7 +13,7 @@ paddle = import_paddle()
 from paddle import nn
 import paddle.nn.functional as F
 
-# %% ../../nbs/papers/nonlocal.ipynb #bf8f52f3
+# %% ../../nbs/papers/nonlocal.ipynb #d56d01ab
 AFFINITIES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 
 def _normal(std): return paddle.ParamAttr(initializer=nn.initializer.Normal(0.0, std))
@@ -32,7 +32,30 @@ def _batch_norm(channels, prefix, gamma=1.0, decay=0.0, momentum=0.9, epsilon=1e
     def attr(value): return paddle.ParamAttr(initializer=nn.initializer.Constant(value), regularizer=paddle.regularizer.L2Decay(decay))
     return named_batch_norm(nn.BatchNorm3D(channels, momentum, epsilon, weight_attr=attr(gamma), bias_attr=attr(0.0)), prefix)
 
-# %% ../../nbs/papers/nonlocal.ipynb #c696fae4
+
+
+# %% ../../nbs/papers/nonlocal.ipynb #de2cbed2
+def _compare(affinity, theta, phi, scale, pair):
+    "Who looks at whom, and how much: theta `[N, THW, D]`, phi `[N, D, keys]` -> `[N, THW, keys]`. `pair`: the vector w_f `[2 D]` of the concatenation."
+    if affinity == "concatenation":                         # Eq. 5
+        half = phi.shape[1]
+        return F.relu((theta @ pair[:half]).unsqueeze(2) + (pair[half:] @ phi).unsqueeze(1)) / phi.shape[2]
+    scores = theta @ phi                                    # [N, THW, keys]
+    if affinity == "dot_product": return scores / phi.shape[2]  # Eq. 4
+    return F.softmax(scores * scale)                        # Eq. 3, and without embedding Eq. 2
+
+def _in_groups(x, group):
+    "`[N, C, T, H, W] -> [N * T / group, C, group, H, W]`. Raises `PvnbError` where `group` does not divide T."
+    n, c, t, h, w = x.shape
+    if t % group: raise PvnbError(f"a non-local block in groups of {group} frames was given {t}, expected a multiple")
+    return x.reshape([n, c, t//group, group, h, w]).transpose([0, 2, 1, 3, 4, 5]).flatten(0, 1)
+
+def _out_of_groups(x, t):
+    "The way back from `_in_groups`: `[N * T / group, C, group, H, W] -> [N, C, T, H, W]`."
+    _, c, group, h, w = x.shape
+    return x.reshape([-1, t//group, c, group, h, w]).transpose([0, 2, 1, 3, 4, 5]).reshape([-1, c, t, h, w])
+
+# %% ../../nbs/papers/nonlocal.ipynb #f7769ae3
 class NonLocalBlock(nn.Layer):
     """`x + W_z y(x)` where y at each place and time is a weighted sum over all others: `[N, C, T, H, W] -> [N, C, T, H, W]`.
 
@@ -45,11 +68,10 @@ class NonLocalBlock(nn.Layer):
                  bias=True, group=0, batch_norm=None):
         super().__init__()
         if affinity not in AFFINITIES: raise PvnbError(f"unknown affinity {affinity!r}, expected one of {', '.join(AFFINITIES)}")
-        inner = channels//2
+        inner, embedded = channels//2, affinity != "gaussian"
         def point(a, b, part, std=std):
             layer = nn.Conv3D(a, b, 1, weight_attr=_normal(std), bias_attr=None if bias else False)
             return named(layer, weight=f"{name}_{part}_w", **({"bias": f"{name}_{part}_b"} if bias else {}))
-        embedded = affinity != "gaussian"
         self.theta, self.phi = (point(channels, inner, part) if embedded else nn.Identity() for part in ("theta", "phi"))
         self.g, self.out = point(channels, inner, "g"), point(inner, channels, "out", 0.0 if zero_init else std)
         self.pair = named(nn.Linear(2 * inner, 1, bias_attr=False), weight=f"{name}_pair_w") if affinity == "concatenation" else None
@@ -57,33 +79,24 @@ class NonLocalBlock(nn.Layer):
         if norm == "affine": self.norm = named(Affine(channels), scale=f"{name}_affine_s", offset=f"{name}_affine_b")
         self.affinity, self.pool, self.group, self.scale = affinity, pool, group, inner ** -0.5 if scale and embedded else 1.0
 
+    def keys(self, x): return F.max_pool3d(x, (1, 2, 2), (1, 2, 2)) if self.pool else x  # what is looked at
+
     def weights(self, x):
         "How much each place and time looks at each key: `[N, C, T, H, W] -> [N, THW, keys]`; rows sum to 1 for the two Gaussian affinities."
-        theta = self.theta(x).flatten(2).transpose([0, 2, 1])   # [N, THW, C/2]
-        phi = self.phi(self._keys(x)).flatten(2)                # [N, C/2, keys]
-        if self.pair is not None:                               # Eq. 5
-            w, half = self.pair.weight[:, 0], phi.shape[1]
-            return F.relu((theta @ w[:half]).unsqueeze(2) + (w[half:] @ phi).unsqueeze(1)) / phi.shape[2]
-        scores = theta @ phi                                    # [N, THW, keys]
-        return scores / phi.shape[2] if self.affinity == "dot_product" else F.softmax(scores * self.scale)  # Eq. 4; Eq. 2 and 3
-
-    def _keys(self, x): return F.max_pool3d(x, (1, 2, 2), (1, 2, 2)) if self.pool else x
+        theta, phi = self.theta(x).flatten(2).transpose([0, 2, 1]), self.phi(self.keys(x)).flatten(2)  # [N, THW, C/2], [N, C/2, keys]
+        return _compare(self.affinity, theta, phi, self.scale, self.pair.weight[:, 0] if self.pair is not None else None)
 
     def forward(self, x):
-        n, c, t, h, w = x.shape
-        if not self.group or t <= self.group: return self._mixed(x)
-        if t % self.group: raise PvnbError(f"a non-local block in groups of {self.group} frames was given {t}, expected a multiple")
-        parts = x.reshape([n, c, t//self.group, self.group, h, w]).transpose([0, 2, 1, 3, 4, 5]).flatten(0, 1)  # [N * groups, C, group, H, W]
-        return self._mixed(parts).reshape([n, t//self.group, c, self.group, h, w]).transpose([0, 2, 1, 3, 4, 5]).reshape([n, c, t, h, w])
+        if self.group and x.shape[2] > self.group: return _out_of_groups(self.mixed(_in_groups(x, self.group)), x.shape[2])
+        return self.mixed(x)
 
-    def _mixed(self, x):
-        g = self.g(self._keys(x)).flatten(2).transpose([0, 2, 1])            # [N, keys, C/2]
+    def mixed(self, x):  # all with all
+        g = self.g(self.keys(x)).flatten(2).transpose([0, 2, 1])             # [N, keys, C/2]
         y = self.weights(x) @ g                                              # [N, THW, C/2], Eq. 1
-        y = y.transpose([0, 2, 1]).reshape([-1, g.shape[2], *x.shape[2:]])   # [N, C/2, T, H, W]
-        z = self.out(y)
+        z = self.out(y.transpose([0, 2, 1]).reshape([-1, g.shape[2], *x.shape[2:]]))  # [N, C, T, H, W]
         return x + (z if self.norm is None else self.norm(z))                # Eq. 6
 
-# %% ../../nbs/papers/nonlocal.ipynb #b321584d
+# %% ../../nbs/papers/nonlocal.ipynb #d473e289
 class ConvNorm3D(nn.Layer):
     "3-D convolution without bias, then batch norm or affine: `[N, in, T, H, W] -> [N, out, T, H / stride, W / stride]`. `name`: the original's, as in `ConvNorm`."
     def __init__(self, name, channels_in, channels_out, kernel, stride=1, affine=False, gamma=1.0, batch_norm=None):
@@ -111,7 +124,7 @@ class Bottleneck3D(nn.Layer):
         x = F.relu(self.branch2b(F.relu(self.branch2a(x))))
         return F.relu(short + self.branch2c(x))
 
-# %% ../../nbs/papers/nonlocal.ipynb #c3d4dd3b
+# %% ../../nbs/papers/nonlocal.ipynb #51a93e37
 ARCHITECTURES = {1: ("C2D", 50), 2: ("I3D", 50), 3: ("C2D", 101), 4: ("I3D", 101)}  # video_arc_choice -> kind, depth
 
 def temporal_radius(kind, stage, i):
@@ -119,6 +132,48 @@ def temporal_radius(kind, stage, i):
     if kind == "C2D": return 0
     return {1: 2, 2: 1, 3: (i + 1) % 2, 4: (i + 1) % 2, 5: i % 2}[stage]
 
+def _kind(arc, depth):
+    "C2D or I3D: the kind of a video_arc_choice. Raises `PvnbError` for an unknown one."
+    if arc not in ARCHITECTURES or depth not in (14, ARCHITECTURES[arc][1]):
+        known = ", ".join(f"{a} ({kind}, depth {d})" for a, (kind, d) in ARCHITECTURES.items())
+        raise PvnbError(f"video_arc_choice is {arc} with depth {depth}, expected one of {known}")
+    return ARCHITECTURES[arc][0]
+
+# %% ../../nbs/papers/nonlocal.ipynb #be165dfc
+def window_means(maps, size=7):
+    "Means over windows of all times and `size` x `size` places (fewer where there are fewer): `[N, T, D, h, w] -> [N, places, D]`."
+    x = maps.mean(1)                                                       # [N, D, h, w]
+    x = F.avg_pool2d(x, (min(size, x.shape[2]), min(size, x.shape[3])), 1)
+    return x.flatten(2).transpose([0, 2, 1])
+
+def log_mean_softmax(logits):
+    "The logarithm of the mean softmax over places: `[N, places, num_classes] -> [N, num_classes]`."
+    return paddle.logsumexp(F.log_softmax(logits), axis=1) - paddle.log(paddle.full([1], logits.shape[1], logits.dtype))
+
+def inflate(kernel, span):
+    "A 2-D kernel (numpy `[out, in, k, k]`) spread over `span` frames: repeated along time and divided by its length, `[out, in, span, k, k]`."
+    return kernel[:, :, None].repeat(span, 2) / span
+
+# %% ../../nbs/papers/nonlocal.ipynb #68c66413
+def _stages(network, kind, depth, width, every, gamma, norm, block):
+    "Add the residual and non-local blocks of res2 to res5 to `network`; returns their names, a list for each stage."
+    stages, last = [], width
+    for stage, blocks in enumerate(block_names(depth), start=2):
+        names, wide = [], width * 2**(stage - 2)
+        for i, name in enumerate(blocks):
+            stride = 2 if i == 0 and stage > 2 else 1
+            network.add_sublayer(name, Bottleneck3D(name, last, wide, 4 * wide, stride, temporal_radius(kind, stage, i), gamma, **norm))
+            names.append(name)
+            last = 4 * wide
+            if stage in every and i % every[stage] == every[stage] - 1:
+                grouped = norm["affine"] and stage == 3
+                name = f"nonlocal_conv{stage}{'_group' if grouped else ''}_{i}"
+                network.add_sublayer(name, NonLocalBlock(last, name, group=4 if grouped else 0, **block))
+                names.append(name)
+        stages.append(names)
+    return stages
+
+# %% ../../nbs/papers/nonlocal.ipynb #cf915498
 class NonLocal(nn.Layer):
     """C2D or I3D with non-local blocks: `[N, 3, T, H, W] -> logits [N, num_classes]`, T even, softmax of the logits being the mean softmax over all positions.
 
@@ -129,29 +184,12 @@ class NonLocal(nn.Layer):
     """
     def __init__(self, num_classes=400, depth=50, arc=1, width=64, every=None, dropout=0.5, gamma=0.0, affine=False, std=0.01, batch_norm=None, block=None):
         super().__init__()
-        if arc not in ARCHITECTURES or depth not in (14, ARCHITECTURES[arc][1]):
-            known = ", ".join(f"{a} ({kind}, depth {d})" for a, (kind, d) in ARCHITECTURES.items())
-            raise PvnbError(f"video_arc_choice is {arc} with depth {depth}, expected one of {known}")
-        kind, every = ARCHITECTURES[arc][0], {3: 2, 4: 2 if depth == 50 else 7} if every is None else every
-        radius = temporal_radius(kind, 1, 0)
+        kind, every = _kind(arc, depth), {3: 2, 4: 2 if depth == 50 else 7} if every is None else every
         norm = {"affine": affine, "batch_norm": batch_norm}
-        self.conv1 = ConvNorm3D("conv1", 3, width, (1 + 2 * radius, 7, 7), 2, **norm)
-        self.stages, last = [], width
-        for stage, blocks in enumerate(block_names(depth), start=2):
-            names, wide = [], width * 2**(stage - 2)
-            for i, name in enumerate(blocks):
-                layer = Bottleneck3D(name, last, wide, 4 * wide, 2 if i == 0 and stage > 2 else 1, temporal_radius(kind, stage, i), gamma, **norm)
-                self.add_sublayer(name, layer)
-                names.append(name)
-                last = 4 * wide
-                if stage in every and i % every[stage] == every[stage] - 1:
-                    grouped = affine and stage == 3
-                    name = f"nonlocal_conv{stage}{'_group' if grouped else ''}_{i}"
-                    self.add_sublayer(name, NonLocalBlock(last, name, group=4 if grouped else 0, **(block or {})))
-                    names.append(name)
-            self.stages.append(names)
+        self.conv1 = ConvNorm3D("conv1", 3, width, (1 + 2 * temporal_radius(kind, 1, 0), 7, 7), 2, **norm)
+        self.stages = _stages(self, kind, depth, width, every, gamma, norm, block or {})
         self.dropout = nn.Dropout(dropout, mode="downscale_in_infer")
-        self.pred = named(nn.Linear(last, num_classes, weight_attr=_normal(std)), weight="pred_w", bias="pred_b")
+        self.pred = named(nn.Linear(32 * width, num_classes, weight_attr=_normal(std)), weight="pred_w", bias="pred_b")
 
     def maps(self, image):
         "The last convolution's output, `[N, 3, T, H, W] -> [N, T/2, D, h, w]`, D = 32 * width."
@@ -162,26 +200,17 @@ class NonLocal(nn.Layer):
             if i == 0: x = F.max_pool3d(x, (2, 1, 1), (2, 1, 1))  # [N, 4 * width, T/2, ...]
         return x.transpose([0, 2, 1, 3, 4])
 
-    def positions(self, maps):
-        "Means over windows of all times and 7x7 places (fewer where there are fewer): `[N, T/2, D, h, w] -> [N, places, D]`."
-        x = maps.mean(1)                                                       # [N, D, h, w]
-        x = F.avg_pool2d(x, (min(7, x.shape[2]), min(7, x.shape[3])), 1)
-        return x.flatten(2).transpose([0, 2, 1])
+    def positions(self, maps): return window_means(maps)  # [N, T/2, D, h, w] -> [N, places, D]
 
     def features(self, image): return self.positions(self.maps(image)).mean(1)  # [N, D]
 
-    def head(self, maps):
-        "Logits whose softmax is the mean over the places of each place's softmax: the fully convolutional test, and in training (one place) the plain layer."
-        each = F.log_softmax(self.pred(self.dropout(self.positions(maps))))    # [N, places, num_classes]
-        return paddle.logsumexp(each, axis=1) - paddle.log(paddle.full([1], each.shape[1], each.dtype))
+    def head(self, maps): return log_mean_softmax(self.pred(self.dropout(self.positions(maps))))  # [N, num_classes]
 
     def forward(self, image): return self.head(self.maps(image))
 
-    def adapt_original(self, name, array):
-        "At test the original holds the last layer as a 1x1x1 convolution; here it is a linear layer throughout."
+    def adapt_original(self, name, array):  # at test the original's last layer is a 1x1x1 convolution
         return array.reshape(len(array), -1).T if name == "pred_w" and array.ndim == 5 else array
 
-    def adapt_pretrained(self, name, array):
-        "ImageNet's 2-D kernels, spread over time: repeated along it and divided by its length (inflation)."
+    def adapt_pretrained(self, name, array):  # ImageNet's 2-D kernels
         spans = {c.conv.original["weight"]: c.conv.weight.shape[2] for c in self.sublayers() if isinstance(c, ConvNorm3D)}
-        return array[:, :, None].repeat(spans[name], 2) / spans[name] if name in spans else array
+        return inflate(array, spans[name]) if name in spans else array

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'TemporalBlock', 'TemporalXception', 'StNet']
 
-# %% ../../nbs/papers/stnet.ipynb #f4e3626c
+# %% ../../nbs/papers/stnet.ipynb #85fd6ec7
 from ..core import import_paddle
 from ..layers.naming import named
 from ..layers.resnet import STAGES, ResNet, classifier
@@ -12,7 +12,7 @@ paddle = import_paddle()
 from paddle import nn
 import paddle.nn.functional as F
 
-# %% ../../nbs/papers/stnet.ipynb #25400a85
+# %% ../../nbs/papers/stnet.ipynb #361f0bac
 def _norm(layer, name):
     "A batch norm under the names that the original gave to unnamed parameters."
     return named(layer, weight=f"{name}.w_0", bias=f"{name}.b_0", _mean=f"{name}.w_1", _variance=f"{name}.w_2")
@@ -21,9 +21,8 @@ def _conv(layer, name): return named(layer, weight=f"{name}.w_0", bias=f"{name}.
 
 def _start(): return paddle.ParamAttr(initializer=nn.initializer.KaimingUniform())
 
-# %% ../../nbs/papers/stnet.ipynb #85a33221
 class TemporalBlock(nn.Layer):
-    """`x + norm(relu(conv(x)))`, a convolution over 3 neighbouring segments: `[N, T, C, H, W] -> [N, T, C, H, W]`. StNet paper, section 3.2.
+    """`x + norm(relu(conv(x)))`, a convolution over 3 neighbouring segments: `[N, T, C, H, W] -> [N, T, C, H, W]`. The paper's temporal modeling block.
 
     `conv_name`, `norm_name`: what the original calls its parameters.
     """
@@ -33,13 +32,13 @@ class TemporalBlock(nn.Layer):
         self.norm = _norm(nn.BatchNorm3D(channels), norm_name)
 
     def forward(self, x):
-        x = x.transpose([0, 2, 1, 3, 4])      # [N, C, T, H, W]
-        x = x + self.norm(F.relu(self.conv(x)))
-        return x.transpose([0, 2, 1, 3, 4])   # [N, T, C, H, W]
+        x = x.transpose([0, 2, 1, 3, 4])            # [N, C, T, H, W]
+        x = x + self.norm(F.relu(self.conv(x)))     # Eq. 2
+        return x.transpose([0, 2, 1, 3, 4])         # [N, T, C, H, W]
 
-# %% ../../nbs/papers/stnet.ipynb #306fbcbf
+# %% ../../nbs/papers/stnet.ipynb #a0f00959
 class TemporalXception(nn.Layer):
-    """Separable convolutions over the segments' features: `[N, D, T] -> [N, D / 2, T]`. StNet paper, section 3.3 and figure 3.
+    """Separable convolutions over the segments' features: `[N, D, T] -> [N, D / 2, T]`. The paper's temporal Xception block.
 
     Each of two steps mixes time within a channel (kernel 3, depth-wise), then channels at one time (kernel 1); a third path skips both.
     """
@@ -61,7 +60,7 @@ class TemporalXception(nn.Layer):
         y = self.skip(x) + self.channel2(self.time2(y))
         return F.relu(self.norm_out(y)).squeeze(3)                  # [N, D/2, T]
 
-# %% ../../nbs/papers/stnet.ipynb #f8c3c8c2
+# %% ../../nbs/papers/stnet.ipynb #b721c899
 class StNet(nn.Layer):
     """StNet: super-images `[N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
@@ -72,7 +71,7 @@ class StNet(nn.Layer):
     def __init__(self, num_classes=400, depth=50, width=64, seglen=5, blocks=True, xception=True):
         super().__init__()
         self.trunk, self.seglen, d = ResNet(depth, width, channels=3 * seglen), seglen, 32 * width
-        norms = [1 + 3 * sum(STAGES[depth][:n]) + n for n in (2, 3)] if depth in STAGES else ()  # batch norms before either block
+        norms = [1 + 3 * sum(STAGES[depth][:n]) + n for n in (2, 3)]  # batch norms of the trunk up to either block, by which the original counts
         self.block3 = TemporalBlock(8 * width, "conv3d_0", f"batch_norm_{norms[0]}") if blocks else None
         self.block4 = TemporalBlock(16 * width, "conv3d_1", f"batch_norm_{norms[1] + 1}") if blocks else None
         self.xception = TemporalXception(d) if xception else None

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'shift', 'TSM', 'Stream']
 
-# %% ../../nbs/papers/tsm.ipynb #deb2276b
+# %% ../../nbs/papers/tsm.ipynb #6a2326ee
 from functools import lru_cache
 
 import numpy as np
@@ -14,18 +14,17 @@ from ..layers.resnet import ResNet, classifier
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/tsm.ipynb #16e48f08
+# %% ../../nbs/papers/tsm.ipynb #8fb4cb68
 @lru_cache(maxsize=256)
 def _rows(n, t, c, fold, online):
-    "(row to take, whether to keep it) for each row of `[N * T * C, H * W]`."
+    "(row to take for each row of `[N * T * C, H * W]`, the rows that become zero), int64."
     here = np.arange(n*t*c).reshape(n, t, c)
-    rows, keep = here.copy(), np.ones([n, t, c], "float32")
+    rows, beyond = here.copy(), [here[:, 0, :fold]]
     rows[:, 1:, :fold] = here[:, :-1, :fold]                      # from the frame before
-    keep[:, 0, :fold] = 0
     if not online:
         rows[:, :-1, fold:2*fold] = here[:, 1:, fold:2*fold]      # from the frame after
-        keep[:, -1, fold:2*fold] = 0
-    return rows.reshape(-1), keep.reshape(-1, 1)
+        beyond.append(here[:, -1, fold:2*fold])
+    return rows.reshape(-1), np.concatenate(beyond, axis=None)
 
 def shift(x, segments, fraction=1/8, online=False):
     """Move channels in time: `[N * segments, C, H, W] -> [N * segments, C, H, W]`. Lin et al. 2019, Eq. 1 and figure 1.
@@ -35,11 +34,12 @@ def shift(x, segments, fraction=1/8, online=False):
     """
     if not 0 <= fraction <= (1 if online else 1/2): raise PvnbError(f"fraction is {fraction}, expected 0 to {1 if online else 1/2} of the channels for each direction")
     nt, c, h, w = x.shape
-    rows, keep = _rows(nt//segments, segments, c, int(c * fraction), online)
-    moved = paddle.gather(x.reshape([nt * c, h * w]), paddle.to_tensor(rows)) * paddle.to_tensor(keep)
+    rows, beyond = _rows(nt//segments, segments, c, int(c * fraction), online)
+    moved = paddle.gather(x.reshape([nt * c, h * w]), paddle.to_tensor(rows))
+    if len(beyond): moved = paddle.scatter_(moved, paddle.to_tensor(beyond), paddle.zeros([len(beyond), h * w], moved.dtype))  # in place: no second pass
     return moved.reshape([nt, c, h, w])
 
-# %% ../../nbs/papers/tsm.ipynb #5c28f1b6
+# %% ../../nbs/papers/tsm.ipynb #0d789a81
 class TSM(nn.Layer):
     """Temporal Shift Module in a ResNet: `image [N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
@@ -70,7 +70,7 @@ class TSM(nn.Layer):
 
     def forward(self, image): return self.head(self.maps(image))
 
-# %% ../../nbs/papers/tsm.ipynb #715d1aa5
+# %% ../../nbs/papers/tsm.ipynb #6a8f9b99
 class Stream:
     """A `TSM(online=True)` that is fed frame by frame: `step(frame [N, 3 * seglen, H, W]) -> logits [N, num_classes]` of the film so far.
 

@@ -3,14 +3,14 @@
 # %% auto #0
 __all__ = ['paddle', 'TSN']
 
-# %% ../../nbs/papers/tsn.ipynb #97380b50
+# %% ../../nbs/papers/tsn.ipynb #872e4a9e
 from ..core import import_paddle
 from ..layers.resnet import ResNet, classifier
 
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/tsn.ipynb #c64fdbf1
+# %% ../../nbs/papers/tsn.ipynb #abce5d9e
 class TSN(nn.Layer):
     """Temporal Segment Network: `image [N, T, 3 * seglen, H, W] -> logits [N, num_classes]`, for any number T of segments.
 
