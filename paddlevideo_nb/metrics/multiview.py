@@ -70,13 +70,7 @@ class MultiViewAccuracy:
         pairs = [(film.label, _judged(film, self.keep)[2][0]) for film in self.films.values()]
         return tuple(np.array(pairs, np.int64).reshape(-1, 2).T)
 
-    @property
-    def confusion(self):
-        "int [C, C]: rows are true classes, columns answers; films of unknown class are not counted. None before any `update`."
-        if self.classes is None: return None
-        labels, answers = self.answers()
-        known = labels >= 0
-        return np.bincount(labels[known]*self.classes + answers[known], minlength=self.classes**2).reshape(self.classes, self.classes)
+    confusion = property(lambda self: _confusion(self))  # int [C, C]: rows are true classes, columns answers; None before any `update`
 
     def state(self): return _state(self)  # everything counted so far: a dict of arrays, to be written with np.savez
 
@@ -118,6 +112,12 @@ def _checked(metric, outputs, batch):
     return scores, videos, labels
 
 # %% ../../nbs/foundations/multiview.ipynb #666ab0c6
+def _confusion(metric):
+    if metric.classes is None: return None
+    labels, answers = metric.answers()
+    known = labels >= 0  # films of unknown class are not counted
+    return np.bincount(labels[known]*metric.classes + answers[known], minlength=metric.classes**2).reshape(metric.classes, metric.classes)
+
 def _state(metric):
     films = list(metric.films.values())
     done, left = [f for f in films if f.result], [f for f in films if not f.result]
