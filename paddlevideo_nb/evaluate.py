@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from .core import PvnbError, atomic_path, import_paddle, write_json, write_text
+from .datasets.kinetics import class_names
 from .datasets.loader import make_loader
-from .runs import choose_device, run_arguments
+from .runs import choose_device, label_list, run_arguments
 from .tasks import get_task
 
 paddle = import_paddle()
@@ -101,13 +102,6 @@ def reader_processes(task, mode, asked=None):
     from paddlevideo_nb.core import cpu_count
     return asked if asked is not None else min(int(task.config.value(mode, "num_reader_threads", 0)), cpu_count())
 
-def _label_names(config, path, n):
-    "A name per class from a label list given, or that of the configuration where it is there; None without one."
-    from paddlevideo_nb.datasets.kinetics import class_names
-    default = config.get("INFER", {}).get("kinetics_labels")
-    path = path or (default if default and Path(default).is_file() else None)
-    return class_names(path, n) if path else None
-
 def write_confusion(confusion, folder, model, names=None):
     """Write `<model>_per_class.csv` (class, name, videos, accuracy) and `<model>_confusion.png` into `folder`; returns their paths.
 
@@ -139,7 +133,8 @@ def evaluate_command(argv):
     from paddlevideo_nb.zoo import fetch, load_weights
     task = get_task(config)
     data, metric, folder = task.dataset("test"), task.metric("test"), Path(args.save_dir)
-    names = _label_names(config, args.labels, config.MODEL.get("num_classes", 0))  # a wrong list is told before the work, not after
+    labels = label_list(config, args.labels)
+    names = class_names(labels, config.MODEL.num_classes) if labels else None  # a wrong list is told before the work, not after
     network = load_weights(task.network(), args.weights or fetch(task.name))
     keep = Progress(folder/f"{task.name}_progress.npz", _key(network, config, data, task.batch_size("test"))) if hasattr(metric, "state") else None
     run_through(task, network, metric, data, workers=reader_processes(task, "test", args.workers), keep=keep)

@@ -17,7 +17,7 @@ import numpy as np
 from .core import PvnbError, atomic_path, existing_file, import_paddle, write_json
 from .datasets.kinetics import class_names
 from .datasets.loader import make_loader
-from .runs import choose_device, run_arguments
+from .runs import choose_device, label_list, run_arguments
 from .tasks import get_task
 from .video import Video, probe
 from .zoo import network_digest
@@ -117,10 +117,6 @@ def _prepared(program, argv, options):
     network.eval()
     return args, task, network
 
-def _labels(args, config):
-    default = config.get("INFER", {}).get("kinetics_labels")
-    return args.labels or (default if default and Path(default).is_file() else "")
-
 def _plot_name(path, found, number):
     "Where picture `number` goes: `path` for one film, for several with each one's stem, and its number where two films share a stem."
     stems = [Path(p["video"]).stem for p in found]
@@ -142,7 +138,7 @@ def predict_command(argv):
     if video: existing_file(video, "video")
     data = task.dataset("infer", filelist=None if video else infer.filelist, video_path=video)
     if args.plot and data.format != "mp4": raise PvnbError(f"--plot draws video files, and {infer.filelist} lists pickles of pictures")
-    names = class_names(_labels(args, task.config), task.config.MODEL.num_classes)
+    names = class_names(label_list(task.config, args.labels), task.config.MODEL.num_classes)
     found = predict(task, network, video, infer.filelist if not video else None, args.infer_topk, names, args.batch_size or 1)
     path = Path(args.save_dir)/f"{task.name}_predictions.json"
     write_json(path, found)

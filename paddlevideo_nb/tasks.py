@@ -161,7 +161,8 @@ class ViewsTask(ViewsInput, ClipTask):
 
     def fetches(self, mode, outputs, loss, batch):
         "As of `ClipTask`, but at test without the loss."
-        return super().fetches(mode, outputs, loss, batch)[mode == "test":]
+        fetched = super().fetches(mode, outputs, loss, batch)
+        return fetched[1:] if mode == "test" else fetched
 
 # %% ../nbs/system/tasks.ipynb #d5d03146
 NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL")
