@@ -28,7 +28,7 @@ setup(
     ],
     packages=find_packages(include=[cfg["lib_path"] + "*"]),
     include_package_data=True,
-    package_data={cfg["lib_name"]: ["configs/*.yaml", "labels/*.txt"]},
+    package_data={cfg["lib_name"]: ["configs/*.yaml", "configs/*.txt", "labels/*.txt"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[name + "_requirements"].split() for name in ("cpu", "gpu", "dev")},

@@ -2,27 +2,28 @@
 
 # %% auto #0
 __all__ = ['cpu_count', 'import_paddle', 'PvnbError', 'nearest', 'existing_file', 'atomic_path', 'write_text', 'write_json',
-           'read_json', 'restricted_load', 'cache_dir', 'repo_dir', 'data_dir', 'golden_dir']
+           'read_json', 'make_folder', 'restricted_load', 'cache_dir', 'repo_dir', 'data_dir', 'golden_dir']
 
-# %% ../nbs/foundations/core.ipynb #00f67abb
+# %% ../nbs/foundations/core.ipynb #837e0732
 import contextlib
 import difflib
 import io
 import json
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
 
-# %% ../nbs/foundations/core.ipynb #6357e781
+# %% ../nbs/foundations/core.ipynb #bfd3de3c
 def cpu_count():
     "Cores that this process may run on (an int, at least 1)."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 os.environ.setdefault("OMP_NUM_THREADS", str(cpu_count()))
 
-# %% ../nbs/foundations/core.ipynb #917a812d
+# %% ../nbs/foundations/core.ipynb #0a0ade9b
 def import_paddle():
     "Import and return `paddle`, quietly. Raises `PvnbError` where neither wheel is installed."
     try:
@@ -35,18 +36,18 @@ def import_paddle():
         if e.name != "paddle": raise
         raise PvnbError("PaddlePaddle is not installed: pip install 'paddlevideo_nb[cpu]' or 'paddlevideo_nb[gpu]'") from None
 
-# %% ../nbs/foundations/core.ipynb #e9dea37b
+# %% ../nbs/foundations/core.ipynb #24fc8932
 class PvnbError(Exception):
     "Something the user can mend, said in one line. The command line prints it without a traceback and exits with 2."
 
-# %% ../nbs/foundations/core.ipynb #bb90d855
+# %% ../nbs/foundations/core.ipynb #15c1ec9c
 def nearest(name, known):
     "`'; did you mean X?'` for the entry of `known` (strings) closest to `name`, or `''` where none is close. Ignores case."
     by_lower = {str(k).lower(): str(k) for k in known}
     found = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[found[0]]!r}?" if found else ""
 
-# %% ../nbs/foundations/core.ipynb #11db67ea
+# %% ../nbs/foundations/core.ipynb #cc81e625
 def existing_file(path, what="file"):
     "`Path(path)` if it is a file. Raises `PvnbError` naming `what` and the path otherwise."
     path = Path(path).expanduser()
@@ -54,7 +55,7 @@ def existing_file(path, what="file"):
         raise PvnbError(f"{what} not found: {path}" + (" is a folder" if path.is_dir() else ""))
     return path
 
-# %% ../nbs/foundations/core.ipynb #d5a86fa8
+# %% ../nbs/foundations/core.ipynb #f6ee97f2
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; rename it onto `path` if the block ends well, delete it if it raises.
@@ -79,7 +80,7 @@ def _umask():
     os.umask(mask)
     return mask
 
-# %% ../nbs/foundations/core.ipynb #4e009d6b
+# %% ../nbs/foundations/core.ipynb #bfd88759
 def write_text(path, text):
     "Write `text` to `path` as UTF-8, whole or not at all."
     with atomic_path(path) as tmp:
@@ -101,7 +102,45 @@ def read_json(path, what="JSON file"):
     except (ValueError, UnicodeDecodeError) as e:
         raise PvnbError(f"{what} {path} is not valid JSON: {e}") from None
 
-# %% ../nbs/foundations/core.ipynb #144a9c10
+# %% ../nbs/foundations/core.ipynb #66a1b773
+@contextlib.contextmanager
+def _lock(path):
+    "Hold an exclusive lock on the file `path`; yields whether that worked (it does not on Windows and on some network disks)."
+    with open(path, "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+            held = True
+        except (ImportError, OSError): held = False
+        yield held  # closing the file releases the lock
+
+def make_folder(folder, write, about):
+    """The Path `folder`, complete: returned at once where it holds `about.json`, else written by `write(part)` under another name and renamed.
+
+    `about`: a dict, its `about.json`. Safe to interrupt, and safe to call from several processes. Raises `PvnbError` for an existing folder that is not complete.
+    """
+    folder = Path(folder)
+    if (folder/"about.json").is_file(): return folder
+    if folder.exists(): raise PvnbError(f"{folder} exists and is not complete (no about.json): move it away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(folder.parent/f".{folder.name}.lock") as held:
+        if not (folder/"about.json").is_file(): _make_folder(folder, held, write, about)  # else: another process wrote it while this one waited
+    return folder
+
+def _make_folder(folder, held, write, about):
+    if held:  # nobody else is at work, so unfinished folders are a killed run's
+        for left in folder.parent.glob(f".{folder.name}.*.part"): shutil.rmtree(left, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        write(part)
+        write_json(part/"about.json", about)
+        part.chmod(0o755)
+        part.rename(folder)
+    except OSError:
+        if not (folder/"about.json").is_file(): raise  # else: without a lock, another process was quicker
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/foundations/core.ipynb #14c5bdc5
 _ADMITTED = {
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
     ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"), ("numpy.core.numeric", "_frombuffer"),
@@ -128,7 +167,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         core = "numpy._core" if hasattr(np, "_core") else "numpy.core"  # NumPy 2 renamed it; files carry either name
         return getattr(importlib.import_module(core + "." + module.rsplit(".", 1)[1]), name)
 
-# %% ../nbs/foundations/core.ipynb #9e3c8eb1
+# %% ../nbs/foundations/core.ipynb #de8c8e31
 def restricted_load(source, encoding="latin1"):
     """The value in a pickle that holds arrays, numbers, strings and plain containers only.
 
@@ -147,13 +186,13 @@ def restricted_load(source, encoding="latin1"):
     except Exception as e:  # a damaged pickle can raise nearly anything
         raise PvnbError(f"{name} is not a readable pickle: {type(e).__name__}: {e}") from None
 
-# %% ../nbs/foundations/core.ipynb #1f246b8b
+# %% ../nbs/foundations/core.ipynb #74e35967
 def cache_dir(*parts):
     "`$PVNB_HOME` or `~/.cache/paddlevideo_nb`, joined with `parts`. Not created here: writers make what they need."
     home = os.environ.get("PVNB_HOME")
     return (Path(home).expanduser() if home else Path.home()/".cache"/"paddlevideo_nb").joinpath(*parts)
 
-# %% ../nbs/foundations/core.ipynb #652eb383
+# %% ../nbs/foundations/core.ipynb #58d36668
 def repo_dir(start=None):
     "The checkout of this project that holds `start` (default: the current folder), or None."
     here = Path(start or Path.cwd()).resolve()
@@ -170,7 +209,7 @@ def data_dir(*parts):
     repo = repo_dir()
     return (repo/"data" if repo else cache_dir("data")).joinpath(*parts)
 
-# %% ../nbs/foundations/core.ipynb #8c0ff555
+# %% ../nbs/foundations/core.ipynb #48c5350a
 def golden_dir():
     "The folder of golden cases: `$PVNB_GOLDEN`, else `../shared/golden` beside the checkout, else its `tests/golden`, else None."
     repo = repo_dir()

@@ -4,7 +4,10 @@
 __all__ = ['paddle', 'NAMES', 'TASKS', 'CONFIGS', 'step_decay', 'ClipInput', 'ClipTask', 'ViewsInput', 'ViewsTask', 'find_model',
            'list_models', 'NotBuilt', 'get_task', 'published_config', 'create_model']
 
-# %% ../nbs/system/tasks.ipynb #a751ffe9
+# %% ../nbs/system/tasks.ipynb #96703e82
+import importlib
+import importlib.util
+
 import numpy as np
 
 from .config import Config, load_config
@@ -22,7 +25,7 @@ from .transforms import ClipTransform, sample_frames
 paddle = import_paddle()
 import paddle.nn.functional as F
 
-# %% ../nbs/system/tasks.ipynb #4e36ba24
+# %% ../nbs/system/tasks.ipynb #1a2f27b7
 def step_decay(train):
     "Learning rate per update, from the TRAIN section of a clip model's configuration: a `PiecewiseDecay`."
     epochs = train.get("decay_epochs") or [train.epoch/3, train.epoch*2/3]
@@ -30,7 +33,7 @@ def step_decay(train):
     values = [train.learning_rate * train.learning_rate_decay**i for i in range(len(epochs) + 1)]
     return paddle.optimizer.lr.PiecewiseDecay([e * updates for e in epochs], values)
 
-# %% ../nbs/system/tasks.ipynb #c11b0a5e
+# %% ../nbs/system/tasks.ipynb #cae49d38
 class ClipInput:
     "What a clip network is fed, read from `self.config`: in training and evaluation a data set, in prediction the frames of one video."
     def batch_size(self, mode): return int(self.config.value(mode, "batch_size", 1))
@@ -56,7 +59,7 @@ class ClipInput:
         pictures = image.reshape(len(frames), 3, *image.shape[2:]).transpose(0, 2, 3, 1) * std + mean  # [K, S, S, 3]
         return image, np.uint8((pictures * 255).clip(0, 255).round())
 
-# %% ../nbs/system/tasks.ipynb #e3d63ef4
+# %% ../nbs/system/tasks.ipynb #d901ab37
 class ClipTask(ClipInput):
     """Clips to classes: data in the Kinetics form, cross entropy, momentum with step decay and L2, top-1 and top-5.
 
@@ -102,7 +105,7 @@ class ClipTask(ClipInput):
         "What the original program returns in a mode (train, test, infer), in its order: at inference the probabilities, otherwise loss, probabilities, labels."
         return [outputs["probabilities"]] if mode == "infer" else [loss, outputs["probabilities"], batch["label"]]
 
-# %% ../nbs/system/tasks.ipynb #c11b0a5f
+# %% ../nbs/system/tasks.ipynb #9db73a89
 class ViewsInput:
     "What a network of views is fed: as `ClipInput`, by the rules of Non-local's reader."
     def dataset(self, mode, seed=0, cache=False, filelist=None, video_path=""):
@@ -130,7 +133,7 @@ class ViewsInput:
         top, left = spatial_offsets(*small.shape[1:3], size)
         return crop_normalised(small, top, left, size, False, value("image_mean"), value("image_std")), small[:, top:top + size, left:left + size]
 
-# %% ../nbs/system/tasks.ipynb #a0d64fa8
+# %% ../nbs/system/tasks.ipynb #4d21e8bf
 class ViewsTask(ViewsInput, ClipTask):
     "Non-local: clips `[N, 3, T, H, W]` at a fixed frame rate, tested on many views of each film. Otherwise as `ClipTask`."
     feeds = {f"{mode}_{old}": new for mode in ("train", "test") for old, new in (("data", "image"), ("label", "label"))}
@@ -164,9 +167,12 @@ class ViewsTask(ViewsInput, ClipTask):
         fetched = super().fetches(mode, outputs, loss, batch)
         return fetched[1:] if mode == "test" else fetched
 
-# %% ../nbs/system/tasks.ipynb #d5d03146
+# %% ../nbs/system/tasks.ipynb #cfa3f2c9
 NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL")
-TASKS = {"STNET": ClipTask, "TSM": ClipTask, "TSN": ClipTask, "NONLOCAL": ViewsTask}  # name -> task
+#: Model -> "module:class" of its task, imported when it is asked for: who classifies clips does not wait for captions.
+TASKS = {"STNET": "tasks:ClipTask", "TSM": "tasks:ClipTask", "TSN": "tasks:ClipTask", "NONLOCAL": "tasks:ViewsTask",
+         "AttentionCluster": "label_tasks:AttentionClusterTask", "AttentionLSTM": "label_tasks:AttentionLSTMTask", "NEXTVLAD": "label_tasks:NeXtVLADTask",
+         "BMN": "bmn_tasks:BMNTask", "BsnTem": "bsn_tasks:BsnTemTask", "BsnPem": "bsn_tasks:BsnPemTask", "CTCN": "ctcn_tasks:CTCNTask"}
 
 def find_model(name):
     "The model's name as the original spells it; case does not matter. Raises `PvnbError` with the nearest name."
@@ -174,9 +180,11 @@ def find_model(name):
         if known.upper() == str(name).upper(): return known
     raise PvnbError(f"no model {name!r}{nearest(name, NAMES)} (known: {', '.join(NAMES)})")
 
+def _is_there(place): return importlib.util.find_spec(f"paddlevideo_nb.{place.split(':')[0]}") is not None
+
 def list_models():
     "Names of the models that can be created."
-    return list(TASKS)
+    return [name for name, place in TASKS.items() if _is_there(place)]
 
 class NotBuilt(PvnbError):
     "One of the thirteen models, whose lesson is still to come."
@@ -185,11 +193,12 @@ def get_task(config):
     "The task of a configuration (a `Config`, or a name or path for `load_config`). Raises `NotBuilt` for a model to come."
     config = config if isinstance(config, Config) else load_config(config)
     name = find_model(config.MODEL.name)
-    if name not in TASKS:
-        raise NotBuilt(f"{name} is not built yet (built: {', '.join(TASKS)})")
-    return TASKS[name](config)
+    if name not in list_models():
+        raise NotBuilt(f"{name} is not built yet (built: {', '.join(list_models())})")
+    module, task = TASKS[name].split(":")
+    return getattr(importlib.import_module(f"paddlevideo_nb.{module}"), task)(config)
 
-# %% ../nbs/system/tasks.ipynb #59602b42
+# %% ../nbs/system/tasks.ipynb #3921493a
 #: Model -> stem of its published configuration.
 CONFIGS = {"AttentionCluster": "attention_cluster", "AttentionLSTM": "attention_lstm", "BsnTem": "bsn_tem", "BsnPem": "bsn_pem"}
 
