@@ -2,9 +2,11 @@
 
 # %% auto #0
 __all__ = ['paddle', 'FORMAT', 'OPTIONS', 'optimizer_arrays', 'restore_optimizer', 'save_checkpoint', 'find_checkpoint',
-           'load_checkpoint', 'seed_step', 'fit', 'train_command']
+           'load_checkpoint', 'seed_step', 'fit', 'fit_all', 'train_command']
 
-# %% ../nbs/system/training.ipynb #81aaeaa7
+# %% ../nbs/system/training.ipynb #398d4944
+import contextlib
+import io
 import json
 import math
 import os
@@ -13,11 +15,13 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from .core import PvnbError, import_paddle, write_text
+from .core import PvnbError, cpu_count, import_paddle, write_text
 from .datasets.loader import make_loader
 from .evaluate import evaluate, reader_processes
 from .runs import choose_device, run_arguments
@@ -27,7 +31,7 @@ from .zoo import fetch, load_pretrained, load_weights, read_weights, save_weight
 paddle = import_paddle()
 from tqdm import tqdm
 
-# %% ../nbs/system/training.ipynb #3a665151
+# %% ../nbs/system/training.ipynb #027b8df4
 FORMAT = "paddlevideo_nb training checkpoint 1"
 
 def optimizer_arrays(network, optimizer):
@@ -47,7 +51,7 @@ def restore_optimizer(network, optimizer, arrays, schedule_state=None):
     state = {f"{names[key]}_{accumulator}": paddle.to_tensor(a) for (key, accumulator), a in ((k.rsplit("|", 1), a) for k, a in arrays.items())}
     optimizer.set_state_dict({**state, "LR_Scheduler": schedule_state} if schedule_state else state)
 
-# %% ../nbs/system/training.ipynb #d84256ed
+# %% ../nbs/system/training.ipynb #075db74f
 def save_checkpoint(path, task, network, optimizer, schedule, place):
     "Write one training checkpoint, whole or not at all. `place`: dict with epoch, batch, step, seed, best, history."
     entries = {f"network.{k}": v.numpy() for k, v in network.state_dict().items()}
@@ -80,12 +84,12 @@ def load_checkpoint(path, task, network, optimizer):
     restore_optimizer(network, optimizer, {k[10:]: a for k, a in read_weights(path).items() if k.startswith("optimizer.")}, json.loads(about["scheduler"]))
     return json.loads(about["place"])
 
-# %% ../nbs/system/training.ipynb #dc6565e4
+# %% ../nbs/system/training.ipynb #c4658a16
 def seed_step(seed, step):
     "Seed Paddle's generator for one step, as a function of (seed, step)."
     paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
-# %% ../nbs/system/training.ipynb #79a4481f
+# %% ../nbs/system/training.ipynb #671193c7
 class _Book:
     "History, checkpoints and logs of one run."
     def __init__(self, task, seed, save_dir):
@@ -117,7 +121,7 @@ class _Book:
         lines = [",".join(columns), *(",".join(str(row.get(c, "")) for c in columns) for row in history)]
         write_text(self.folder/f"{self.task.name}_metrics.csv", "\n".join(lines) + "\n")
 
-# %% ../nbs/system/training.ipynb #10294c71
+# %% ../nbs/system/training.ipynb #97736895
 class _Interrupt:
     "While open, notes the first Ctrl-C in `asked`; a second one raises `KeyboardInterrupt`. Without effect outside of the main thread, where no signals arrive."
     asked = False
@@ -137,7 +141,7 @@ class _Interrupt:
     def __exit__(self, *_):
         if self.main: signal.signal(signal.SIGINT, self.before)
 
-# %% ../nbs/system/training.ipynb #97302d2f
+# %% ../nbs/system/training.ipynb #82c0c7d0
 def fit(task, *, network=None, epochs=None, seed=0, save_dir=None, resume=None, pretrain=None, log_interval=10, valid_interval=1, save_interval=0,
         workers=0, cache=False, train_data=None, valid_data=None, progress=True, profiler=None):
     """Train, and return (network, history). History: dicts with epoch, step and loss, learning_rate, clips_per_second; after an epoch the validation metrics.
@@ -177,13 +181,13 @@ def fit(task, *, network=None, epochs=None, seed=0, save_dir=None, resume=None, 
     network.eval()
     return network, place["history"]
 
-# %% ../nbs/system/training.ipynb #637af058
+# %% ../nbs/system/training.ipynb #8c01a10f
 def _seed_of(resume, task, seed):
     "The seed of the run to resume; `seed` where there is none or its file does not say."
     about = read_metadata(find_checkpoint(resume, task.name)) if resume else {}
     return json.loads(about["place"])["seed"] if "place" in about else seed
 
-# %% ../nbs/system/training.ipynb #296bed07
+# %% ../nbs/system/training.ipynb #4fcb3d10
 def _start(task, network, seed, pretrain):
     if network is None:
         paddle.seed(seed)
@@ -193,7 +197,7 @@ def _start(task, network, seed, pretrain):
         print(f"start weights: {len(report['loaded'])} arrays of {pretrain}; drawn at random: {', '.join(report['missing']) or 'none'}")
     return network
 
-# %% ../nbs/system/training.ipynb #d37a23f2
+# %% ../nbs/system/training.ipynb #7e8f2163
 def _epoch(task, state, book, bar, data, size, workers, log_interval, save_interval, profiler, stop):
     network, optimizer, schedule = state
     place, clock, clips, read = book.place, time.perf_counter(), 0, 0
@@ -226,7 +230,7 @@ def _epoch(task, state, book, bar, data, size, workers, log_interval, save_inter
         raise PvnbError(f"epoch {place['epoch']}: not one sample could be read; first: {next(iter(book.unreadable))}")
     place["epoch"], place["batch"] = place["epoch"] + 1, 0
 
-# %% ../nbs/system/training.ipynb #c9ecd959
+# %% ../nbs/system/training.ipynb #6bddb844
 def _step(task, network, optimizer, batch, place):
     "One update; returns the loss before it."
     seed_step(place["seed"], place["step"])
@@ -249,7 +253,62 @@ def _validate(task, state, book, data, workers):
         place["best"] = metrics[task.monitor]
         book.save("best", *state)
 
-# %% ../nbs/system/training.ipynb #cbb9ece3
+# %% ../nbs/system/training.ipynb #918c92d5
+_shared = {}  # of a worker process: what several runs have in common
+
+def _share(values): _shared.update(values)
+
+@contextlib.contextmanager
+def _one_thread():
+    "Processes started meanwhile compute with one thread each."
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try: yield
+    finally:
+        for name, value in before.items():
+            if value is None: del os.environ[name]
+            else: os.environ[name] = value
+
+def _fresh(task, make, seed):
+    paddle.seed(seed)
+    return make() if make else task.network()
+
+def _fit_one(run):
+    "Of a worker: (weights, history) of one run."
+    run = {key: _shared[value] if key in _SHARED else value for key, value in run.items()}
+    task, make, seed = run.pop("task"), run.pop("make", None), run.get("seed", 0)
+    if "train_data" in run: run["train_data"].seed = seed
+    with contextlib.redirect_stdout(io.StringIO()):  # nobody knows whose words they are
+        network, history = fit(task, network=_fresh(task, make, seed), progress=False, **run)
+    return {key: value.numpy() for key, value in network.state_dict().items()}, history
+
+# %% ../nbs/system/training.ipynb #fa11b0de
+_SHARED = ("task", "train_data", "valid_data")
+
+def fit_all(runs, workers=None):
+    """Train several networks side by side, each with one thread: a list of (network, history), in the order of `runs`.
+
+    Each of `runs` is a dict of arguments of `fit`, with `task`, and with `make`: what makes the fresh network, the task's own where it is missing. `make` has to be picklable (a class of a module, `functools.partial` of one), and so
+    have task and data; the data draw by the run's seed. `workers`: processes, by default one per core. Raises what `fit` raises. In a script, call it under `if __name__ == "__main__":`, as all of multiprocessing.
+    """
+    for thing in (part for run in runs for part in (run.get("make"), run["task"]) if part is not None):
+        kind = getattr(thing, "func", thing)
+        if "__main__" in (getattr(kind, "__module__", ""), type(thing).__module__):
+            raise PvnbError(f"fit_all: {getattr(kind, '__name__', type(kind).__name__)} is defined in this notebook or script, which other processes do not see: import it from its module")
+    shared = {id(run[key]): run[key] for run in runs for key in _SHARED if key in run}
+    jobs = [{key: id(value) if key in _SHARED else value for key, value in run.items()} for run in runs]
+    with _one_thread(), ProcessPoolExecutor(min(workers or cpu_count(), len(runs)), get_context("spawn"), _share, (shared,)) as pool:
+        done = list(pool.map(_fit_one, jobs))
+    results = []
+    for run, (weights, history) in zip(runs, done, strict=True):
+        network = _fresh(run["task"], run.get("make"), run.get("seed", 0))
+        network.set_state_dict(weights)
+        network.eval()
+        results.append((network, history))
+    return results
+
+# %% ../nbs/system/training.ipynb #78a0c50d
 OPTIONS = {
     "!batch_size": (int, None, "clips a step, over all cards"), "!learning_rate": (float, None, "of the first epochs"), "!epoch": (int, None, "epochs"),
     "pretrain": (str, None, "start weights: a file, a folder, or auto to download the published ones"), "resume": (str, None, "checkpoint, or folder of checkpoints, to continue"),
@@ -260,7 +319,7 @@ OPTIONS = {
     "cache": (bool, False, "keep decoded clips in memory"), "is_profiler": (int, 0, "1: profile five steps after log_interval steps, then stop"), "profiler_path": (str, "./profile", "folder of the trace"),
 }
 
-# %% ../nbs/system/training.ipynb #3175ca58
+# %% ../nbs/system/training.ipynb #53f20b93
 class _Profiler:
     "Paddle's profiler over five steps, after `start` steps of warming up."
     def __init__(self, folder, start):
@@ -281,7 +340,7 @@ class _Profiler:
         self.inner.summary()
         self.done = True
 
-# %% ../nbs/system/training.ipynb #dbe84b27
+# %% ../nbs/system/training.ipynb #45a42ad1
 def train_command(argv):
     "`pvnb train MODEL [--config C] [key=value ...]`: trains, validates and keeps the last and the best checkpoint. Returns 0."
     argv = ["--no_memory_optimize=True" if word == "--no_memory_optimize" else word for word in argv]
@@ -297,7 +356,7 @@ def train_command(argv):
     print(f"checkpoints and metrics in {args.save_dir}")
     return 0
 
-# %% ../nbs/system/training.ipynb #6b82fec1
+# %% ../nbs/system/training.ipynb #bb538ed3
 if __name__ == "__main__" and "__file__" in globals():
     from paddlevideo_nb.cli import main
     raise SystemExit(main(["train", *sys.argv[1:]]))
