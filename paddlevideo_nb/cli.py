@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module, function, what it does)
     "eval": ("evaluate", "evaluate_command", "measure a network on a data set"),
     "predict": ("predict", "predict_command", "say what is in your own videos"),
     "extract": ("predict", "extract_command", "write one feature per snippet of a video to HDF5"),
+    "localize": ("localize", "localize_command", "say what happens when in untrimmed videos"),
     "reproduce": ("reproduce", "reproduce_command", "run the paper notebooks afresh and compare their figures"),
     "parity": ("parity", "parity_command", "compare networks and processing with recordings of the original program"),
     "convert": ("zoo", "convert_command", "rewrite legacy weights as safetensors"),

@@ -130,12 +130,13 @@ def evaluate_command(argv):
     Interrupted, it goes on when called again. Returns 0."""
     args, config = run_arguments("eval", argv, OPTIONS, ("TEST",))
     choose_device(args.use_gpu)
-    from paddlevideo_nb.zoo import fetch, load_weights
+    from paddlevideo_nb.pretrained import weights_of
+    from paddlevideo_nb.zoo import load_weights
     task = get_task(config)
     data, metric, folder = task.dataset("test"), task.metric("test"), Path(args.save_dir)
     labels = label_list(config, args.labels)
     names = class_names(labels, config.MODEL.num_classes) if labels else None  # a wrong list is told before the work, not after
-    network = load_weights(task.network(), args.weights or fetch(task.name))
+    network = load_weights(task.network(), weights_of(task.name, args.weights))
     keep = Progress(folder/f"{task.name}_progress.npz", _key(network, config, data, task.batch_size("test"))) if hasattr(metric, "state") else None
     run_through(task, network, metric, data, workers=reader_processes(task, "test", args.workers), keep=keep)
     for name, value in metric.result.items(): print(f"{name:11} {value:.4f}" if isinstance(value, float) else f"{name:11} {value}")

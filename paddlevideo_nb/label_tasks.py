@@ -84,7 +84,7 @@ class NeXtVLADTask(LabelTask):
     def network(self):
         m = self.config.MODEL
         return NeXtVLAD(m.num_classes, (m.video_feature_size, m.audio_feature_size), m.get("inner_sizes", (1024, 128)), m.cluster_size, m.hidden_size, m.groups, m.expansion, m.drop_rate,
-                        m.gating_reduction, self.config.TRAIN.l2_penalty, read_eigenvalues(m.get("eigen_file")))
+                        m.gating_reduction, self.config.TRAIN.l2_penalty, read_eigenvalues(m.get("eigen_file"), m.video_feature_size))
 
     def optimizer(self, network):
         t = self.config.TRAIN

@@ -2,10 +2,12 @@
 
 # %% auto #0
 __all__ = ['paddle', 'OPTIONS', 'EXTRACT_OPTIONS', 'VIDEO_SUFFIXES', 'predict', 'format_prediction', 'plot_prediction',
-           'predict_command', 'snippets', 'snippets_of', 'extract', 'write_features', 'has_features', 'extract_command']
+           'predict_command', 'snippets', 'snippets_of', 'read_windows', 'extract', 'write_features', 'has_features',
+           'extract_command']
 
-# %% ../nbs/system/prediction.ipynb #435e2006
+# %% ../nbs/system/prediction.ipynb #79946042
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -25,7 +27,7 @@ from .zoo import network_digest
 paddle = import_paddle()
 from tqdm import tqdm
 
-# %% ../nbs/system/prediction.ipynb #cd59ff7a
+# %% ../nbs/system/prediction.ipynb #80ab9648
 def _at_least_one(**values):
     "Raise `PvnbError` for a count below 1; None stands for a default and passes."
     for name, value in values.items():
@@ -36,8 +38,8 @@ def _file_of(data, name):
     return next((p for p in (Path(name), data.folder/name) if p.is_file()), Path(name))
 
 def _seen(task, data, name):
-    "What was seen of one item, as a dict: `frames` and `times`. A pickle of pictures keeps no times: nothing."
-    if data.format != "mp4": return {}
+    "What was seen of one item, as a dict: `frames` and `times`. Pickles of pictures and files of features keep no times: nothing."
+    if getattr(data, "format", "") != "mp4": return {}
     video = Video(_file_of(data, name))  # decodes nothing
     numbers = task.seen(len(video))
     return {"frames": numbers.tolist(), "times": video.timestamps[numbers].tolist()}
@@ -57,7 +59,7 @@ def _by_video(batches, views):
                 yield {"probabilities": (total/views).unsqueeze(0)}, {"name": [name]}
                 count = 0
 
-# %% ../nbs/system/prediction.ipynb #1e913892
+# %% ../nbs/system/prediction.ipynb #b40d950b
 def predict(task, network, video_path="", filelist=None, topk=20, names=None, batch_size=1, progress=True):
     """The `topk` best classes of each video: a list of dicts with `video`, `top`, a list of {class, name, score}, best first,
     and for video files `frames` and `times` (seconds): what the network was shown.
@@ -85,7 +87,7 @@ def format_prediction(prediction, width=30):
     lines = [f"{t['name']:{longest}} {t['score']:.3f} {'#' * round(width * t['score'])}".rstrip() for t in top]
     return "\n".join([prediction["video"], *(f"  {line}" for line in lines)])
 
-# %% ../nbs/system/prediction.ipynb #5babcdb6
+# %% ../nbs/system/prediction.ipynb #c1cccba5
 def plot_prediction(task, network, prediction, path):
     """A figure of one prediction: what the network was given of the video `path`, under a map of what speaks for the best class, above the bars of the scores."""
     from paddlevideo_nb.insight import activation_map, over_time, overlay
@@ -98,9 +100,9 @@ def plot_prediction(task, network, prediction, path):
     return prediction_figure(overlay(pictures, maps[0]), [t["name"] for t in top], [t["score"] for t in top], video.timestamps[numbers],
                              title=Path(path).name, added=over_time(maps)[0])
 
-# %% ../nbs/system/prediction.ipynb #22a013c8
+# %% ../nbs/system/prediction.ipynb #1e3e69f3
 OPTIONS = {
-    "weights": (str, None, "checkpoint, new or legacy; default: the published file, downloaded"), "use_gpu": (bool, None, "True or False; default: a GPU where there is one"),
+    "weights": (str, None, "checkpoint, new or legacy, or the name of a data set for I3D (kinetics400) and EfficientNetLite0 (imagenet); default: the published file, downloaded"), "use_gpu": (bool, None, "True or False; default: a GPU where there is one"),
     "!batch_size": (int, None, "videos a batch"), "!filelist": (str, None, "list file of videos, in place of INFER.filelist"), "!video_path": (str, None, "one video, in place of a list"),
     "infer_topk": (int, 20, "classes to report"), "labels": (str, None, "label list; default: INFER.kinetics_labels where that file is"),
     "save_dir": (str, "data/predict_results", "folder of <MODEL>_predictions.json"), "log_interval": (int, 1, "kept from 2019; the progress bar shows every batch"),
@@ -109,11 +111,12 @@ OPTIONS = {
 
 def _prepared(program, argv, options):
     "(arguments, task, network with its weights) for prediction and extraction."
-    from paddlevideo_nb.zoo import fetch, load_weights
+    from paddlevideo_nb.pretrained import weights_of
+    from paddlevideo_nb.zoo import load_weights
     args, config = run_arguments(program, argv, options, ("INFER",))
     choose_device(args.use_gpu)
     task = get_task(config)
-    network = load_weights(task.network(), args.weights or fetch(task.name))
+    network = load_weights(task.network(), weights_of(task.name, args.weights))
     network.eval()
     return args, task, network
 
@@ -128,7 +131,7 @@ def _draw(task, network, prediction, film, target):
     from paddlevideo_nb.plots import save_figure
     print("  drawn to", save_figure(plot_prediction(task, network, {**prediction, "top": prediction["top"][:5]}, film), target))
 
-# %% ../nbs/system/prediction.ipynb #f162e3a9
+# %% ../nbs/system/prediction.ipynb #bbf6d234
 def predict_command(argv):
     "`pvnb predict MODEL [--config C] [--weights F] --video_path V | --filelist L`: prints and writes the best classes. Returns 0."
     args, task, network = _prepared("predict", argv, OPTIONS)
@@ -137,7 +140,7 @@ def predict_command(argv):
     video = "" if args.filelist else infer.get("video_path") or ""
     if video: existing_file(video, "video")
     data = task.dataset("infer", filelist=None if video else infer.filelist, video_path=video)
-    if args.plot and data.format != "mp4": raise PvnbError(f"--plot draws video files, and {infer.filelist} lists pickles of pictures")
+    if args.plot and getattr(data, "format", "") != "mp4": raise PvnbError(f"--plot draws video files, and {infer.filelist} lists other things")
     names = class_names(label_list(task.config, args.labels), task.config.MODEL.num_classes)
     found = predict(task, network, video, infer.filelist if not video else None, args.infer_topk, names, args.batch_size or 1)
     path = Path(args.save_dir)/f"{task.name}_predictions.json"
@@ -148,7 +151,7 @@ def predict_command(argv):
     print(f"written to {path}")
     return 0
 
-# %% ../nbs/system/prediction.ipynb #855be7d7
+# %% ../nbs/system/prediction.ipynb #d91fa824
 def snippets(timestamps, seconds):
     "First and last frame number (inclusive) of each snippet of `seconds`: int64 `[S, 2]`. The last may be shorter."
     which = np.floor(np.asarray(timestamps)/seconds + 1e-9).astype(np.int64)
@@ -164,7 +167,22 @@ def _check_length(seconds, stride):
     _at_least_one(stride=stride)
     if stride is None and not (seconds > 0 and math.isfinite(seconds)): raise PvnbError(f"snippet_seconds is {seconds}, expected a number of seconds above 0")
 
-# %% ../nbs/system/prediction.ipynb #4bd89223
+# %% ../nbs/system/prediction.ipynb #e64886b5
+def read_windows(video, windows, shrink=lambda frame: frame):
+    """Yield the frames uint8 `[K, H, W, 3]` of each of `windows` (arrays of frame numbers, in the order of their beginnings) of a `Video`, each frame decoded once.
+
+    `shrink`: what to keep of a decoded frame. Memory holds the frames between the first that is still needed and the last of the window.
+    """
+    last_use = {int(n): i for i, numbers in enumerate(windows) for n in numbers}
+    source, kept = video.frames(list(last_use)), {}
+    for i, numbers in enumerate(windows):
+        while any(n not in kept for n in numbers.tolist()):
+            number, frame = next(source)
+            kept[int(number)] = shrink(frame)
+        yield np.stack([kept[n] for n in numbers.tolist()])
+        for n in [n for n in kept if last_use[n] <= i]: del kept[n]
+
+# %% ../nbs/system/prediction.ipynb #43ea4d2b
 def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, stride=None):
     """Features of one video, a snippet each `seconds`, or each `stride` frames where that is given: dict with `features` float32 `[S, D]`, `start` and `end` in seconds `[S]`, `frames` int64 `[S, 2]`, first and last of each snippet.
 
@@ -176,19 +194,18 @@ def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, strid
     video = Video(path)
     times = video.timestamps
     spans = snippets(times, seconds) if stride is None else snippets_of(len(video), stride)
+    windows = read_windows(video, [task.snippet(int(a), int(b), len(video)) for a, b in spans], task.shrink)
     rows = []
     network.eval()
     with paddle.no_grad():
-        for at in tqdm(range(0, len(spans), batch_size), desc=Path(path).name, unit="batch", disable=not progress, leave=False):
-            chosen = [a + task.frame_numbers(int(b - a + 1)) for a, b in spans[at:at + batch_size]]
-            frames = video.read(np.concatenate(chosen))           # [snippets*K, H, W, 3]
-            clips = [task.prepare(part)[0] for part in np.split(frames, len(chosen))]
+        for _ in tqdm(range(0, len(spans), batch_size), desc=Path(path).name, unit="batch", disable=not progress, leave=False):
+            clips = [task.prepare(frames)[0] for frames in itertools.islice(windows, batch_size)]
             rows.append(task.features(network, {"image": paddle.to_tensor(np.stack(clips))}).numpy())
     if network_was: network.train()
     ends = np.append(times[1:], times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0))
     return {"features": np.concatenate(rows), "start": times[spans[:, 0]], "end": ends[spans[:, 1]], "frames": spans}
 
-# %% ../nbs/system/prediction.ipynb #c3f8c0f0
+# %% ../nbs/system/prediction.ipynb #7b931bc6
 def _digest_of_file(path):
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -205,7 +222,7 @@ def _about(path, weights):
     info = probe(path)
     return {"video": Path(path).name, "fps": info.fps, "frames": info.frames, "duration": info.duration, "weights": Path(weights or "published").name}
 
-# %% ../nbs/system/prediction.ipynb #5614417c
+# %% ../nbs/system/prediction.ipynb #43af5b56
 def write_features(path, name, values, settings):
     "Add one video's features to an HDF5 file as group `name`: on a copy that then takes the file's place."
     import h5py
@@ -232,7 +249,7 @@ def has_features(path, name, settings, film=None):
         raise PvnbError(f"{path} holds {name} of another film ({found.get('video', 'unknown')}, or the same file before it changed); give another --out")
     return found is not None and all(found.get(k) == v for k, v in settings.items())
 
-# %% ../nbs/system/prediction.ipynb #78835abc
+# %% ../nbs/system/prediction.ipynb #a57fe460
 EXTRACT_OPTIONS = {k: OPTIONS[k] for k in ("weights", "use_gpu")} | {
     "video_path": (str, None, "videos, or folders of videos"), "out": (str, "features.h5", "HDF5 file, one group a video; videos that it holds are kept"),
     "snippet_seconds": (float, None, "seconds a snippet; default 1"), "stride": (int, None, "frames a snippet, in place of seconds"), "!batch_size": (int, None, "snippets a batch; default 8"),
@@ -240,15 +257,19 @@ EXTRACT_OPTIONS = {k: OPTIONS[k] for k in ("weights", "use_gpu")} | {
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v"}
 
 def _split_videos(argv):
-    "(the other words, the videos): `--video_path` takes all words up to the next option or `key=value`."
-    rest, videos, taking = [], [], False
+    """(the other words, the videos): the bare words after the model, as in `extract TSN a.mp4 b.mp4`, and all words behind `--video_path` up to the next option or `key=value`."""
+    rest, videos, taking, awaited, model = [], [], False, False, any(word.startswith(("--model_name", "model_name=")) for word in argv)
     for word in argv:
         key, equals, value = word.partition("=")
+        bare = not word.startswith("-") and (not equals or "/" in key)
         if key.lstrip("-").replace("-", "_") == "video_path" and (equals or key.startswith("-")):
-            videos, taking = videos + [value] * bool(value), True
-        elif taking and not word.startswith("-") and (not equals or "/" in key): videos.append(word)
-        else: rest, taking = [*rest, word], False
+            videos, taking, awaited = videos + [value] * bool(value), True, False
+        elif bare and not awaited and (taking or model): videos.append(word)
+        else:
+            model = model or bare and not awaited
+            rest, taking, awaited = [*rest, word], False, word.startswith("--") and not equals
     return rest, videos
+
 
 def _films(places):
     "The video files of paths and folders, by their stems. Raises `PvnbError` for an empty folder, and where two share a stem."
@@ -260,12 +281,12 @@ def _films(places):
             if films.setdefault(path.stem, path) != path: raise PvnbError(f"{films[path.stem]} and {path} would both be group {path.stem}; give them two --out files")
     return films
 
-# %% ../nbs/system/prediction.ipynb #88576822
+# %% ../nbs/system/prediction.ipynb #bc32fb4f
 def extract_command(argv):
-    "`pvnb extract MODEL [--config C] [--weights F] --video_path V [V2 ...] --out features.h5`: one feature a snippet, with time stamps. Returns 0."
+    "`pvnb extract MODEL [--config C] [--weights F] VIDEO [VIDEO ...] --out features.h5`: one feature a snippet, with time stamps. Returns 0."
     rest, places = _split_videos(argv)
     args, task, network = _prepared("extract", rest, EXTRACT_OPTIONS)
-    if not places: raise PvnbError("pvnb extract: which video? Give --video_path FILE or FOLDER, one or several")
+    if not places: raise PvnbError("pvnb extract: which video? Name files or folders, one or several")
     if args.stride is not None and args.snippet_seconds is not None: raise PvnbError("pvnb extract: give --snippet_seconds or --stride, not both")
     seconds = 1.0 if args.snippet_seconds is None else args.snippet_seconds
     _check_length(seconds, args.stride)
@@ -279,7 +300,7 @@ def extract_command(argv):
     print(f"{len(films)} videos in {args.out}")
     return 0
 
-# %% ../nbs/system/prediction.ipynb #2c0697d1
+# %% ../nbs/system/prediction.ipynb #4c3cb46f
 if __name__ == "__main__" and "__file__" in globals():
     from paddlevideo_nb.cli import main
     raise SystemExit(main(["predict", *sys.argv[1:]]))

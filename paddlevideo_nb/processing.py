@@ -206,6 +206,12 @@ def _ctcn_reader(a):
                     (f"video {i}: location targets", offsets, a[f"loc_targets_{i}"]), (f"video {i}: class targets", classes, a[f"cls_targets_{i}"])]
     return triples
 
+# %% ../nbs/system/processing.ipynb #9d561c60
+def _eigen_param(a):
+    from paddlevideo_nb.models.nextvlad import unwhitening
+    recorded = a["eigenvalues"].reshape(-1)[:len(a["eigen_param"])]
+    return [("NeXtVLAD's un-whitening", unwhitening(recorded), a["eigen_param"])]
+
 # %% ../nbs/system/processing.ipynb #3d655f37
 #: How the file's name begins -> function from its arrays to (what, ours, theirs) triples. All must be equal to the last bit, or to 1e-6 where they are averages.
 PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambda a: _frame_numbers("pkl")(a),
@@ -214,7 +220,8 @@ PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambd
               "nonlocal_test_frame_indices": _view_frames, "nonlocal_test_views": _test_views, "multicrop": _multicrop,
               "youtube8m": _youtube8m_metrics, "youtube8m_reader": _youtube8m_reader,
               "activitynet": _activitynet, "bmn/labels": _bmn_labels, "bmn/proposals": _bmn_proposals, "bsn_tem/labels": _bsn_labels,
-                 "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader}
+                 "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader,
+              "nextvlad/eigen_param": _eigen_param}
 
 def kind_of(path):
     "The longest key of `PROCESSING` with which `path` (a pathlib Path) begins, its folder's name included or not; None for an unknown kind."

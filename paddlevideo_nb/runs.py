@@ -88,9 +88,11 @@ def _of_model(config, model):
 
 # %% ../nbs/system/runs.ipynb #e3ae5c70
 def label_list(config, given=None):
-    "The label list to use: the one `given`, else INFER.kinetics_labels of the configuration where that file is, else None."
+    "The label list to use: the one `given`, else INFER.kinetics_labels of the configuration, a file or the name of a list that comes with the package (kinetics400), else None."
+    from paddlevideo_nb.pretrained import label_files
     default = config.get("INFER", {}).get("kinetics_labels")
-    return given or (default if default and Path(default).is_file() else None)
+    named = label_files().get(given or default)
+    return named or given or (default if default and Path(default).is_file() else None)
 
 def choose_device(use_gpu=None):
     "Set Paddle's device and return its name, `'gpu'` or `'cpu'`. None: a GPU where there is one. Raises `PvnbError` for True without one."

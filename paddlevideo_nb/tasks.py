@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'NAMES', 'TASKS', 'CONFIGS', 'step_decay', 'ClipInput', 'ClipTask', 'ViewsInput', 'ViewsTask', 'find_model',
            'list_models', 'NotBuilt', 'get_task', 'published_config', 'create_model']
 
-# %% ../nbs/system/tasks.ipynb #96703e82
+# %% ../nbs/system/tasks.ipynb #0ddff9a3
 import importlib
 import importlib.util
 
@@ -25,7 +25,7 @@ from .transforms import ClipTransform, sample_frames
 paddle = import_paddle()
 import paddle.nn.functional as F
 
-# %% ../nbs/system/tasks.ipynb #1a2f27b7
+# %% ../nbs/system/tasks.ipynb #21515e70
 def step_decay(train):
     "Learning rate per update, from the TRAIN section of a clip model's configuration: a `PiecewiseDecay`."
     epochs = train.get("decay_epochs") or [train.epoch/3, train.epoch*2/3]
@@ -33,7 +33,7 @@ def step_decay(train):
     values = [train.learning_rate * train.learning_rate_decay**i for i in range(len(epochs) + 1)]
     return paddle.optimizer.lr.PiecewiseDecay([e * updates for e in epochs], values)
 
-# %% ../nbs/system/tasks.ipynb #cae49d38
+# %% ../nbs/system/tasks.ipynb #b43a701e
 class ClipInput:
     "What a clip network is fed, read from `self.config`: in training and evaluation a data set, in prediction the frames of one video."
     def batch_size(self, mode): return int(self.config.value(mode, "batch_size", 1))
@@ -51,6 +51,12 @@ class ClipInput:
 
     def seen(self, n_frames): return self.frame_numbers(n_frames)  # all that a prediction looks at
 
+    def snippet(self, first, last, n_frames):
+        "The frames that stand for frames `first` to `last` (inclusive) of a video of `n_frames` frames, in extraction: int64 `[K]`."
+        return first + self.frame_numbers(last - first + 1)
+
+    def shrink(self, frame): return frame  # what is kept of a decoded frame, uint8 [H, W, 3], until all clips that need it are prepared
+
     def prepare(self, frames):
         "These frames, uint8 RGB `[K, H, W, 3]`, as the network takes them: (float32 `[seg_num, 3 * seglen, S, S]`, the same as pictures uint8 `[K, S, S, 3]`)."
         def value(key, default=None): return self.config.value("infer", key, default)
@@ -59,7 +65,7 @@ class ClipInput:
         pictures = image.reshape(len(frames), 3, *image.shape[2:]).transpose(0, 2, 3, 1) * std + mean  # [K, S, S, 3]
         return image, np.uint8((pictures * 255).clip(0, 255).round())
 
-# %% ../nbs/system/tasks.ipynb #d901ab37
+# %% ../nbs/system/tasks.ipynb #4c4aeb1c
 class ClipTask(ClipInput):
     """Clips to classes: data in the Kinetics form, cross entropy, momentum with step decay and L2, top-1 and top-5.
 
@@ -105,7 +111,7 @@ class ClipTask(ClipInput):
         "What the original program returns in a mode (train, test, infer), in its order: at inference the probabilities, otherwise loss, probabilities, labels."
         return [outputs["probabilities"]] if mode == "infer" else [loss, outputs["probabilities"], batch["label"]]
 
-# %% ../nbs/system/tasks.ipynb #9db73a89
+# %% ../nbs/system/tasks.ipynb #0a498e2b
 class ViewsInput:
     "What a network of views is fed: as `ClipInput`, by the rules of Non-local's reader."
     def dataset(self, mode, seed=0, cache=False, filelist=None, video_path=""):
@@ -126,6 +132,14 @@ class ViewsInput:
         of, _ = list_views(value("num_test_clips", 30), value("use_multi_crop", 1))
         return np.unique([view_frames(n_frames, i, of, value("sample_rate"), value("video_length")) for i in range(of)])
 
+    def snippet(self, first, last, n_frames):
+        "As of `ClipInput`: one view around the middle of the snippet, within the film where that is long enough, else with its last frame repeated."
+        rate, length = self.config.value("infer", "sample_rate"), self.config.value("infer", "video_length")
+        start = np.clip((first + last + 1 - rate*length)//2, 0, max(n_frames - rate*length, 0))
+        return np.minimum(start + np.arange(length)*rate, n_frames - 1)
+
+    def shrink(self, frame): return resize_short(frame[None], self.config.value("infer", "jitter_scales")[0])[0]
+
     def prepare(self, frames):
         "These frames, uint8 RGB `[T, H, W, 3]`, as the network takes them: (float32 `[3, T, S, S]` of the centre, the same as pictures uint8 `[T, S, S, 3]`)."
         def value(key): return self.config.value("infer", key)
@@ -133,7 +147,7 @@ class ViewsInput:
         top, left = spatial_offsets(*small.shape[1:3], size)
         return crop_normalised(small, top, left, size, False, value("image_mean"), value("image_std")), small[:, top:top + size, left:left + size]
 
-# %% ../nbs/system/tasks.ipynb #4d21e8bf
+# %% ../nbs/system/tasks.ipynb #09126758
 class ViewsTask(ViewsInput, ClipTask):
     "Non-local: clips `[N, 3, T, H, W]` at a fixed frame rate, tested on many views of each film. Otherwise as `ClipTask`."
     feeds = {f"{mode}_{old}": new for mode in ("train", "test") for old, new in (("data", "image"), ("label", "label"))}
@@ -167,12 +181,14 @@ class ViewsTask(ViewsInput, ClipTask):
         fetched = super().fetches(mode, outputs, loss, batch)
         return fetched[1:] if mode == "test" else fetched
 
-# %% ../nbs/system/tasks.ipynb #cfa3f2c9
-NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL")
+# %% ../nbs/system/tasks.ipynb #2d4acd77
+NAMES = ("AttentionCluster", "AttentionLSTM", "NEXTVLAD", "STNET", "TSM", "TSN", "NONLOCAL", "CTCN", "BsnTem", "BsnPem", "BMN", "ETS", "TALL",
+         "I3D", "EfficientNetLite0")  # the last two are no lessons: pairs of eyes, with weights that anyone can fetch
 #: Model -> "module:class" of its task, imported when it is asked for: who classifies clips does not wait for captions.
 TASKS = {"STNET": "tasks:ClipTask", "TSM": "tasks:ClipTask", "TSN": "tasks:ClipTask", "NONLOCAL": "tasks:ViewsTask",
          "AttentionCluster": "label_tasks:AttentionClusterTask", "AttentionLSTM": "label_tasks:AttentionLSTMTask", "NEXTVLAD": "label_tasks:NeXtVLADTask",
-         "BMN": "bmn_tasks:BMNTask", "BsnTem": "bsn_tasks:BsnTemTask", "BsnPem": "bsn_tasks:BsnPemTask", "CTCN": "ctcn_tasks:CTCNTask"}
+         "BMN": "bmn_tasks:BMNTask", "BsnTem": "bsn_tasks:BsnTemTask", "BsnPem": "bsn_tasks:BsnPemTask", "CTCN": "ctcn_tasks:CTCNTask",
+         "I3D": "pretrained_tasks:I3DTask", "EfficientNetLite0": "pretrained_tasks:EfficientNetTask"}
 
 def find_model(name):
     "The model's name as the original spells it; case does not matter. Raises `PvnbError` with the nearest name."
@@ -198,9 +214,9 @@ def get_task(config):
     module, task = TASKS[name].split(":")
     return getattr(importlib.import_module(f"paddlevideo_nb.{module}"), task)(config)
 
-# %% ../nbs/system/tasks.ipynb #3921493a
+# %% ../nbs/system/tasks.ipynb #40b93dc3
 #: Model -> stem of its published configuration.
-CONFIGS = {"AttentionCluster": "attention_cluster", "AttentionLSTM": "attention_lstm", "BsnTem": "bsn_tem", "BsnPem": "bsn_pem"}
+CONFIGS = {"AttentionCluster": "attention_cluster", "AttentionLSTM": "attention_lstm", "BsnTem": "bsn_tem", "BsnPem": "bsn_pem", "EfficientNetLite0": "efficientnet_lite0"}
 
 def published_config(name):
     "The published configuration of a model."
@@ -211,14 +227,15 @@ def create_model(name, config=None, weights=None):
     """A network ready for inference (`eval()` mode).
 
     `name`: one of `list_models()`, in any case. `config`: a `Config`, or a name or path for `load_config`; default the published one.
-    `weights`: a checkpoint of this project or any legacy form, see `zoo.load_weights`; default random start weights.
+    `weights`: a checkpoint of this project or any legacy form, see `zoo.load_weights`, or for I3D "kinetics400" and for EfficientNetLite0 "imagenet", fetched on first use; default random start weights.
     """
     config = published_config(name) if config is None else config if isinstance(config, Config) else load_config(config)
     if find_model(config.MODEL.name) != find_model(name):
         raise PvnbError(f"create_model({name!r}): the configuration {config.source} is for {config.MODEL.name}")
     network = get_task(config).network()
     if weights:
+        from paddlevideo_nb.pretrained import weights_of
         from paddlevideo_nb.zoo import load_weights
-        load_weights(network, weights)
+        load_weights(network, weights_of(find_model(name), weights))
     network.eval()
     return network
