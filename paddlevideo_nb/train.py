@@ -278,7 +278,7 @@ def _fit_one(run):
     "Of a worker: (weights, history) of one run."
     run = {key: _shared[value] if key in _SHARED else value for key, value in run.items()}
     task, make, seed = run.pop("task"), run.pop("make", None), run.get("seed", 0)
-    if "train_data" in run: run["train_data"].seed = seed
+    if hasattr(run.get("train_data"), "seed"): run["train_data"].seed = seed
     with contextlib.redirect_stdout(io.StringIO()):  # nobody knows whose words they are
         network, history = fit(task, network=_fresh(task, make, seed), progress=False, **run)
     return {key: value.numpy() for key, value in network.state_dict().items()}, history

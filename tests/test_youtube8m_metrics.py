@@ -208,3 +208,41 @@ def test_golden(golden):
     found, metric = figures(scores, labels, 32)
     assert np.isclose(found["gap"], case["accumulated_gap"], rtol=1e-12) and np.isclose(found["perr"], case["accumulated_perr"], rtol=1e-12)
     assert found["hit1"] == case["accumulated_hit_at_one_before_release_1_8"] and np.allclose(metric.class_average_precisions(), case["accumulated_aps"], rtol=1e-12)
+
+
+def test_several_networks_together(tmp_path, capsys):
+    "`pvnb eval A + B`: the metrics of the mean, on the feature sets of the digit theatre; other lists are refused."
+    import json
+
+    from paddlevideo_nb.cli import main
+    from paddlevideo_nb.config import load_config
+    from paddlevideo_nb.datasets.features import make_features
+    from paddlevideo_nb.evaluate import evaluate_together
+    from paddlevideo_nb.tasks import get_task
+    from paddlevideo_nb.zoo import save_weights
+    world = make_features(tmp_path, sizes={"flash": (10, 24), "orders": (2, 2), "topics": (4, 4)}, progress=False)
+    small = dict(num_classes=10, feature_dims=[64, 16])
+    makers = {"AttentionCluster": load_config("attention_cluster", hidden_sizes=[8, 8], cluster_nums=[2, 2], **small),
+              "AttentionLSTM": load_config("attention_lstm", hidden_sizes=[8, 8], embedding_size=8, lstm_size=4, **small)}
+    words, members = [], []
+    for name, config in makers.items():
+        for mode in ("TEST", "VALID"): config[mode].update(filelist=str(world/"flash"/"val.list"), batch_size=7)
+        task = get_task(config)
+        network = task.network()
+        members.append((task, network))
+        save_weights(tmp_path/f"{name}.safetensors", {k: v.numpy() for k, v in network.state_dict().items()})
+        settings = {k: v for k, v in config.MODEL.items() if k in ("num_classes", "feature_dims", "hidden_sizes", "cluster_nums", "embedding_size", "lstm_size")}
+        words += [name, "--weights", str(tmp_path/f"{name}.safetensors"), f"--filelist={world/'flash'/'val.list'}", "--batch_size=7", f"--save_dir={tmp_path}",
+                  *(f"{k}={v}".replace(" ", "") for k, v in settings.items()), "+"]
+    assert main(["eval", *words[:-1]]) == 0
+    written = json.loads((tmp_path/"AttentionCluster+AttentionLSTM_metrics.json").read_text())
+    mean, labels = [], []
+    from paddlevideo_nb.datasets.loader import make_loader
+    for task, network in members:
+        network.eval()
+        batches = list(make_loader(task.dataset("test"), 24))
+        mean.append(task.forward(network, batches[0])["probabilities"].numpy())
+        labels.append(batches[0]["label"].numpy())
+    assert written["gap"] == pytest.approx(gap(np.mean(mean, 0), labels[0]), abs=1e-6) and written["videos"] == 24 and "loss" not in written
+    members[1][0].config.TEST["filelist"] = str(world/"flash"/"train.list")
+    with pytest.raises(PvnbError, match="10 samples"): evaluate_together(members, progress=False)

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'ShiftingAttention', 'AttentionCluster', 'Mean', 'AveragePooling']
 
-# %% ../../nbs/papers/attention_cluster.ipynb #e48b6b3b
+# %% ../../nbs/papers/attention_cluster.ipynb #90ba4ef2
 from ..core import PvnbError, import_paddle
 from ..layers.naming import named
 from ..layers.sequences import masked_softmax
@@ -11,7 +11,7 @@ from ..layers.sequences import masked_softmax
 paddle = import_paddle()
 from paddle import nn
 
-# %% ../../nbs/papers/attention_cluster.ipynb #2dbce76b
+# %% ../../nbs/papers/attention_cluster.ipynb #f45eac38
 def _checked(x, lengths, channels):
     "Raises `PvnbError` for features that are not `[N, T, channels]`, or lengths that do not fit them."
     if x.ndim != 3 or x.shape[2] != channels or not x.shape[1]: raise PvnbError(f"features have shape {list(x.shape)}, expected [N, T, {channels}] with T of at least 1")
@@ -49,7 +49,7 @@ class ShiftingAttention(nn.Layer):
             v = v / ((v * v).sum(2, keepdim=True) + 1e-12).sqrt() / self.units ** 0.5  # Eq. A4
         return v.flatten(1)                                                # [N, units * F], Eq. A3, Eq. A5
 
-# %% ../../nbs/papers/attention_cluster.ipynb #28aa39bb
+# %% ../../nbs/papers/attention_cluster.ipynb #af76f10f
 class AttentionCluster(nn.Layer):
     """Attention clusters with shifting operation: features `[N, T, F]` of each modality (and `lengths [N]`) -> logits `[N, num_classes]`.
 
@@ -83,7 +83,7 @@ class AttentionCluster(nn.Layer):
         for i in range(self.hidden): x = getattr(self, f"fc{i + 1}")(x).tanh()
         return self.logistic(x)                                            # [N, num_classes], Eq. A6
 
-# %% ../../nbs/papers/attention_cluster.ipynb #fdf8629a
+# %% ../../nbs/papers/attention_cluster.ipynb #f2f71ffc
 class Mean(nn.Layer):
     "The mean of the frames: `[N, T, F] -> [N, F]`, over the real ones where `lengths [N]` are given. Raises `PvnbError` for other shapes."
     def __init__(self, channels):
