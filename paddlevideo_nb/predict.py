@@ -20,6 +20,7 @@ from .core import PvnbError, atomic_path, existing_file, import_paddle, write_js
 from .datasets.kinetics import class_names
 from .datasets.loader import make_loader
 from .runs import choose_device, label_list, run_arguments
+from .sound import sound_rows
 from .tasks import get_task
 from .video import Video, probe
 from .zoo import network_digest
@@ -184,7 +185,7 @@ def read_windows(video, windows, shrink=lambda frame: frame):
 
 # %% ../nbs/system/prediction.ipynb #43ea4d2b
 def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, stride=None):
-    """Features of one video, a snippet each `seconds`, or each `stride` frames where that is given: dict with `features` float32 `[S, D]`, `start` and `end` in seconds `[S]`, `frames` int64 `[S, 2]`, first and last of each snippet.
+    """Features of one video, a snippet each `seconds`, or each `stride` frames where that is given: dict with `features` float32 `[S, D]`, `audio` float32 `[S, 128]` (mean log-mel spectrum, 0 without sound), `start` and `end` in seconds `[S]`, `frames` int64 `[S, 2]`, first and last of each snippet.
 
     Memory holds one batch of snippets at a time. Raises `VideoError` for a file that cannot be read, `PvnbError` for lengths and sizes that are not above 0.
     """
@@ -203,7 +204,8 @@ def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, strid
             rows.append(task.features(network, {"image": paddle.to_tensor(np.stack(clips))}).numpy())
     if network_was: network.train()
     ends = np.append(times[1:], times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0))
-    return {"features": np.concatenate(rows), "start": times[spans[:, 0]], "end": ends[spans[:, 1]], "frames": spans}
+    start, end = times[spans[:, 0]], ends[spans[:, 1]]
+    return {"features": np.concatenate(rows), "audio": sound_rows(path, start, end), "start": start, "end": end, "frames": spans}
 
 # %% ../nbs/system/prediction.ipynb #7b931bc6
 def _digest_of_file(path):
@@ -214,7 +216,7 @@ def _settings(task, network, seconds, stride):
     value = task.config.value
     keys = ("seg_num", "seglen", "short_size", "target_size", "sample_rate", "video_length", "crop_size", "jitter_scales", "image_mean", "image_std")
     config = {"MODEL": task.config.MODEL, "INFER": {k: value("infer", k, None) for k in keys}}
-    return {"model": task.name, "snippet": f"{seconds} s" if stride is None else f"{stride} frames",
+    return {"model": task.name, "snippet": f"{seconds} s" if stride is None else f"{stride} frames", "sound": "128 log-mel bands",
             "config": json.dumps(config, sort_keys=True), "parameters": network_digest(network)}
 
 def _about(path, weights):

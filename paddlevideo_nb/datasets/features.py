@@ -5,7 +5,7 @@ __all__ = ['CLUTTER', 'NOISE', 'RATE', 'WINDOW', 'BANDS', 'SILENCE', 'FLASH_FRAM
            'draw_frames', 'picture_features', 'eigenvalues', 'play', 'log_mel', 'sound_features', 'feature_video',
            'flash_digits', 'flash_video', 'order_twins', 'topic_video', 'make_features']
 
-# %% ../../nbs/foundations/features.ipynb #9b469125
+# %% ../../nbs/foundations/features.ipynb #be4244f0
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from tqdm import tqdm
 from ..core import PvnbError, data_dir, make_folder, write_text
 from .theatre import SPLITS, _clutter, digit_images
 from .youtube8m import make_video, quantise, write_records
+from ..sound import mel_filters
 
-# %% ../../nbs/foundations/features.ipynb #415cb48d
+# %% ../../nbs/foundations/features.ipynb #79926d7f
 CLUTTER = -1  # in a list of digits: no digit, shuffled strokes
 NOISE = 0.08  # standard deviation of the pixels' noise; ink is 1
 
@@ -36,7 +37,7 @@ def _places(split):
     labels = digit_images(split)[1]
     return [np.flatnonzero(labels == digit) for digit in range(10)]
 
-# %% ../../nbs/foundations/features.ipynb #7ac7316d
+# %% ../../nbs/foundations/features.ipynb #e3b000d4
 @lru_cache(maxsize=1)
 def _components():
     "(mean [64], components [64, 64], eigenvalues [64]) of training frames: half digits, half clutter. A fixed seed: features mean the same everywhere."
@@ -55,7 +56,7 @@ def eigenvalues():
     "float32 `[64]`: the variance of each component before whitening, largest first."
     return _components()[2].astype(np.float32)
 
-# %% ../../nbs/foundations/features.ipynb #71cfb622
+# %% ../../nbs/foundations/features.ipynb #6fbb0ece
 RATE, WINDOW, BANDS = 4000, 512, 16  # samples a second; samples heard of each second; mel bands
 SILENCE = -1  # in a list of notes: no tone, noise alone
 
@@ -67,19 +68,10 @@ def play(notes, rng):
     tones = (np.sin(2*np.pi*pitch*np.arange(WINDOW)/RATE + phase)*(pitch < RATE/2)/np.array([[1], [2], [4]])).sum(1)  # [T, 512]
     return (tones*(notes[:, 0] >= 0) + rng.normal(0, .5, tones.shape)).astype(np.float32)
 
-@lru_cache(maxsize=1)
-def _mel_filters():
-    "Triangles float64 [257, 16] over the frequencies of the spectrum, evenly spaced in mel from 100 Hz to 2 kHz."
-    def mel(hertz): return 2595*np.log10(1 + hertz/700)
-    edges = np.linspace(mel(100), mel(RATE/2), BANDS + 2)
-    at = mel(np.fft.rfftfreq(WINDOW, 1/RATE))[:, None]
-    rise, fall = (at - edges[:-2])/(edges[1:-1] - edges[:-2]), (edges[2:] - at)/(edges[2:] - edges[1:-1])
-    return np.minimum(rise, fall).clip(0)
-
 def log_mel(sound):
     "Log-mel spectrum float64 `[T, 16]` of `sound` `[T, 512]`."
     power = np.abs(np.fft.rfft(sound*np.hanning(WINDOW)))**2                          # [T, 257]
-    return np.log(power @ _mel_filters() + 1)
+    return np.log(power @ mel_filters(RATE, WINDOW, BANDS, 100) + 1)
 
 @lru_cache(maxsize=1)
 def _usual_sound():
@@ -93,12 +85,12 @@ def sound_features(notes, rng):
     mean, deviation = _usual_sound()
     return ((log_mel(play(notes, rng)) - mean)/deviation).astype(np.float32)
 
-# %% ../../nbs/foundations/features.ipynb #429a3db1
+# %% ../../nbs/foundations/features.ipynb #4b13268b
 def feature_video(name, labels, digits, notes, rng, split="train"):
     "A video dict (see `youtube8m.make_video`): `digits` seen and `notes` heard, a row a second, both of length T; rgb uint8 `[T, 64]`, audio uint8 `[T, 16]`."
     return make_video(name, labels, quantise(picture_features(draw_frames(digits, rng, split))), quantise(sound_features(notes, rng)))
 
-# %% ../../nbs/foundations/features.ipynb #b09ca5af
+# %% ../../nbs/foundations/features.ipynb #270ec9b2
 FLASH_FRAMES = 25
 
 def flash_digits(rng, most=4, frames=FLASH_FRAMES):
@@ -112,7 +104,7 @@ def flash_video(name, rng, split="train"):
     digits, labels = flash_digits(rng)
     return feature_video(name, labels, digits, np.full(len(digits), SILENCE), rng, split)
 
-# %% ../../nbs/foundations/features.ipynb #d62a5adf
+# %% ../../nbs/foundations/features.ipynb #a152ae15
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
 
 def order_twins(name, pair, rng, split="train", length=None, event=2):
@@ -131,7 +123,7 @@ def order_twins(name, pair, rng, split="train", length=None, event=2):
     swapped[first], swapped[second] = second, first
     return film, make_video(f"{name}b", [2*pair + 1], film["rgb"][swapped], film["audio"][swapped])
 
-# %% ../../nbs/foundations/features.ipynb #c318d500
+# %% ../../nbs/foundations/features.ipynb #3235a322
 TOPICS = 20
 _TOPIC_DIGITS = [(a, (a + step) % 10) for step in (1, 3) for a in range(10)]  # 20 pairs; every digit belongs to four topics
 
@@ -145,7 +137,7 @@ def topic_video(name, rng, split="train", share=0.5):
     notes[rng.random(length) > share] = SILENCE
     return feature_video(name, np.sort(topics), digits, notes, rng, split)
 
-# %% ../../nbs/foundations/features.ipynb #d5168c9f
+# %% ../../nbs/foundations/features.ipynb #61c2036a
 VERSION = 1
 SIZES = {"flash": (2000, 400), "orders": (960, 240), "topics": (1600, 400)}  # videos for training and for validation
 
