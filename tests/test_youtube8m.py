@@ -394,3 +394,21 @@ def test_a_real_record_reads_the_same_in_every_form(tmp_path):
     sample = YouTube8MDataset(path)[0]
     assert abs(sample["rgb"].mean()) < .05 and abs(sample["rgb"].std() - 1) < .1 and sample["label"].shape == (3862,) and sample["label"].sum() == 1
     assert struct.unpack("<Q", (tmp_path/"tfrecord").read_bytes()[:8])[0] == (tmp_path/"tfrecord").stat().st_size - 16
+
+
+@pytest.mark.parametrize("name", ["AttentionCluster", "AttentionLSTM", "NEXTVLAD"])
+def test_real_record_through_the_published_networks(name):
+    from paddlevideo_nb.core import import_paddle
+    from paddlevideo_nb.datasets.loader import make_loader
+    from paddlevideo_nb.tasks import get_task, published_config
+    path = golden_dir() and golden_dir().parent/"data"/"youtube8m_one_record.pkl"
+    if not (path and path.is_file()): pytest.skip("no real YouTube-8M record beside the golden data")
+    paddle = import_paddle()
+    paddle.seed(0)
+    task = get_task(published_config(name))
+    network, data = task.network(), task.dataset("infer", video_path=str(path))
+    network.eval()
+    (batch,) = make_loader(data, 1)
+    with paddle.no_grad(): outputs = task.forward(network, batch, "infer")
+    (found,) = task.predictions(outputs, batch, 20)
+    assert outputs["probabilities"].shape == [1, 3862] and len(found["classes"]) == 20 and np.isfinite(found["scores"]).all() and 0 < min(found["scores"]) <= max(found["scores"]) < 1
