@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import paddlevideo_nb.datasets.theatre as T
-from paddlevideo_nb.core import PvnbError
+from paddlevideo_nb.core import PvnbError, _make_folder, make_folder
 from paddlevideo_nb.datasets.theatre import (
     ACTIONS, action_clip, digit_images, load_clips, load_cues, make_clips, mini_command, moment_clip, read_list, reverse_of,
 )
@@ -176,7 +176,7 @@ def test_a_killed_run_leaves_no_half_set(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert leftovers(tmp_path) and not list(tmp_path.glob("clips*"))
-    T._make(tmp_path / leftovers(tmp_path)[0].split(".")[1], True, 1, False, 0, SMALL, 10)
+    make_folder(tmp_path / leftovers(tmp_path)[0].split(".")[1], lambda part: None, {})
     assert not leftovers(tmp_path) and len(list(tmp_path.glob("clips*/about.json"))) == 1
 
 
@@ -191,7 +191,8 @@ def test_two_processes_at_the_same_time_make_one_set(tmp_path):
 
 def test_without_a_lock_the_slower_of_two_gives_way(clips, tmp_path):
     make_clips(tmp_path, seed=3, workers=1, sizes=SMALL, progress=False)
-    T._make(tmp_path / clips.name, False, 1, False, 3, SMALL, 10)
+    settings = (1, False, 3, SMALL, 10)
+    _make_folder(tmp_path / clips.name, False, lambda part: T._write_all(part, *settings), {})  # as a process without the lock would
     assert not leftovers(tmp_path) and (tmp_path / clips.name / "about.json").is_file()
 
 

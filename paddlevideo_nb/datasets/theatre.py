@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..core import PvnbError, cpu_count, data_dir, existing_file, read_json, write_json, write_text
+from ..core import PvnbError, cpu_count, data_dir, existing_file, make_folder, read_json, write_text
 from ..video import read_video, write_video
 
 # %% ../../nbs/foundations/theatre.ipynb #c4dda023
@@ -296,21 +295,8 @@ def _write_all(folder, workers, progress, seed, sizes, classes):
     for key in rows:
         rows[key].sort(key=lambda r: (r[0][-8:], r[1]))  # by number, then class: neighbours differ in class
     _write_lists(folder, rows, classes)
-    write_json(folder/"about.json", {"version": VERSION, "seed": seed, "sizes": sizes, "classes": classes, "frames": FRAMES, "fps": FPS, "stage": STAGE})
 
 # %% ../../nbs/foundations/theatre.ipynb #c2325e7a
-@contextlib.contextmanager
-def _lock(path):
-    "Hold an exclusive lock on the file `path`; yields whether that worked (it does not on Windows and on some network disks)."
-    with open(path, "w") as file:
-        try:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX)
-            held = True
-        except (ImportError, OSError):
-            held = False
-        yield held  # closing the file releases the lock
-
 def _checked_sizes(sizes, classes):
     "`sizes` over `SIZES`, as {set: (train, val)}. Raises `PvnbError` for unknown sets and for numbers that do not split evenly into classes."
     if not isinstance(classes, int) or not 2 <= classes <= 10:
@@ -341,32 +327,9 @@ def make_clips(root=None, seed=0, workers=None, sizes=None, classes=10, progress
     if not isinstance(seed, int) or seed < 0:
         raise PvnbError(f"seed is {seed!r}, expected an int from 0")
     sizes = _checked_sizes(sizes, classes)
-    root = Path(root or data_dir("mini")).expanduser()
-    folder = root/_folder_name(seed, sizes, classes)
-    if (folder/"about.json").is_file():
-        return folder
-    if folder.exists():
-        raise PvnbError(f"{folder} exists and is not a complete digit theatre (no about.json): move it away")
-    root.mkdir(parents=True, exist_ok=True)
-    with _lock(root/f".{folder.name}.lock") as held:
-        if not (folder/"about.json").is_file():  # another process may have written it while this one waited
-            _make(folder, held, workers or cpu_count(), progress, seed, sizes, classes)
-    return folder
-
-def _make(folder, held, *settings):
-    if held:  # nobody else is at work, so unfinished folders are a killed run's
-        for left in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(left, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        _write_all(part, *settings)
-        part.chmod(0o755)
-        part.rename(folder)
-    except OSError:
-        if not (folder/"about.json").is_file():  # else: without a lock, another process was quicker
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    folder = Path(root or data_dir("mini")).expanduser()/_folder_name(seed, sizes, classes)
+    about = {"version": VERSION, "seed": seed, "sizes": sizes, "classes": classes, "frames": FRAMES, "fps": FPS, "stage": STAGE}
+    return make_folder(folder, lambda part: _write_all(part, workers or cpu_count(), progress, seed, sizes, classes), about)
 
 # %% ../../nbs/foundations/theatre.ipynb #2d0567db
 def read_list(path):
