@@ -90,7 +90,7 @@ def _outputs(case_name, prefix, values, specs, arrays):
 def _set(network, values, computed=()):
     "Give a network the regenerated values, by original name; it keeps its own for names in `computed`. Raises `PvnbError` where names or shapes do not fit."
     names, state = {key: name for key, name in original_names(network).items() if name not in computed}, network.state_dict()
-    missing, surplus = set(names.values()) - set(values), set(values) - set(names.values())
+    missing, surplus = set(names.values()) - set(values), set(values) - set(names.values()) - set(getattr(network, "original_ignored", ()))
     if missing or surplus:
         raise PvnbError(f"names differ: missing {sorted(missing)[:3]} ({len(missing)}), surplus {sorted(surplus)[:3]} ({len(surplus)})")
     adapt = getattr(network, "adapt_original", lambda name, array: array)

@@ -157,6 +157,28 @@ def _bmn_proposals(a):
     picks, scores = soft_nms(raw[:, :2], raw[:, 2], *map(float, a["snms"]))
     return [(f"{len(a['raw'])} proposals", raw, a["raw"]), (f"{len(a['final'])} after soft-NMS", _rows(raw[picks, :2], scores, a["duration"]), a["final"])]
 
+def _bmn_masks(a):
+    "The sampling masks at two sizes, and of the published one every so many entries, its sum, its norm and how many are not zero."
+    from paddlevideo_nb.models.bmn import sampling_mask, valid_cells
+    triples = []
+    for prefix in ("", "second_"):
+        *sizes, ratio = a[f"{prefix}tscale_dscale_numsample_perbin_ratio"]
+        sizes = list(map(int, sizes))
+        triples += [(f"sampling mask {sizes}", sampling_mask(*sizes, ratio), a[f"{prefix}mask"]), (f"valid cells {sizes[:2]}", valid_cells(*sizes[:2]), a[f"{prefix}bm_mask"])]
+    mask = sampling_mask().reshape(-1)
+    return [*triples, ("published mask", mask[::int(a["published_stride"])], a["published_every_stride"]),
+            ("its sum, norm, entries", [mask.sum(dtype="f8"), np.sqrt(np.vdot(mask.astype("f8"), mask)), np.count_nonzero(mask)], [a[f"published_{k}"] for k in ("sum", "l2", "nonzero")])]
+
+# %% ../nbs/system/processing.ipynb #b5a9c3d1
+def _pgm(a):
+    "Without the random filling, which the recorded case does not need."
+    from paddlevideo_nb.models.bsn import match, proposal_features, start_end_proposals
+    c = dict(zip(("action", "start", "end"), a["tem_action_start_end"].T, strict=True))
+    found = start_end_proposals(c["start"], c["end"], int(a["top_k"]))
+    overlaps = match(found["segments"], a["segments"]/float(a["duration"]))
+    rows = np.column_stack([found["segments"], found["scores"], found["scores"].prod(1), *overlaps])
+    return [(f"{len(rows)} proposals, {', '.join(a['proposal_columns'])}", rows, a["proposals"]), ("their features", proposal_features(c["action"], found["segments"]), a["features"])]
+
 # %% ../nbs/system/processing.ipynb #a0aa6c4e
 def _bsn_soft_nms(a):
     from paddlevideo_nb.metrics.temporal import soft_nms
@@ -219,8 +241,8 @@ PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambd
               "kinetics_test_transform": _kinetics_transform, "kinetics_test_resize": _kinetics_resize,
               "nonlocal_test_frame_indices": _view_frames, "nonlocal_test_views": _test_views, "multicrop": _multicrop,
               "youtube8m": _youtube8m_metrics, "youtube8m_reader": _youtube8m_reader,
-              "activitynet": _activitynet, "bmn/labels": _bmn_labels, "bmn/proposals": _bmn_proposals, "bsn_tem/labels": _bsn_labels,
-                 "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader,
+              "activitynet": _activitynet, "bmn/labels": _bmn_labels, "bmn/proposals": _bmn_proposals, "bmn/sample_mask": _bmn_masks, "bsn_tem/labels": _bsn_labels,
+                 "bsn_pem/pgm": _pgm, "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader,
               "nextvlad/eigen_param": _eigen_param}
 
 def kind_of(path):

@@ -256,7 +256,13 @@ def _validate(task, state, book, data, workers):
 # %% ../nbs/system/training.ipynb #918c92d5
 _shared = {}  # of a worker process: what several runs have in common
 
-def _share(values): _shared.update(values)
+def _share(values, parent):
+    "Begin a worker: keep what runs share, and end with the process that wants the results, which a killed one cannot say."
+    _shared.update(values)
+    def watch():
+        while os.getppid() == parent: time.sleep(2)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 @contextlib.contextmanager
 def _one_thread():
@@ -298,7 +304,7 @@ def fit_all(runs, workers=None):
             raise PvnbError(f"fit_all: {getattr(kind, '__name__', type(kind).__name__)} is defined in this notebook or script, which other processes do not see: import it from its module")
     shared = {id(run[key]): run[key] for run in runs for key in _SHARED if key in run}
     jobs = [{key: id(value) if key in _SHARED else value for key, value in run.items()} for run in runs]
-    with _one_thread(), ProcessPoolExecutor(min(workers or cpu_count(), len(runs)), get_context("spawn"), _share, (shared,)) as pool:
+    with _one_thread(), ProcessPoolExecutor(min(workers or cpu_count(), len(runs)), get_context("spawn"), _share, (shared, os.getpid())) as pool:
         done = list(pool.map(_fit_one, jobs))
     results = []
     for run, (weights, history) in zip(runs, done, strict=True):

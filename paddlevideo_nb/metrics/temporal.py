@@ -118,7 +118,7 @@ def soft_nms(segments, scores, alpha=0.4, low=0.55, high=0.9, most=101):
         final.append(scores[best])
         scores[best] = -np.inf
         inter = np.minimum(end, end[best]) - np.maximum(start, start[best])
-        near = np.flatnonzero(inter > 0)  # only these can overlap
+        near = np.flatnonzero((inter > 0) & (scores > -np.inf))  # only these can overlap, and are not taken yet
         inter = inter[near]
         iou = _ratio(inter, length[near] + length[best] - inter)
         high_iou = iou > low + (high - low)*length[best]
