@@ -141,7 +141,7 @@ def evaluate_together(members, data=None, mode="test", batch_size=None, progress
     with paddle.no_grad():
         for batches in tqdm(loaders, desc=f"{len(members)} networks {mode}", unit="batch", total=-(-len(data[0])//size), disable=not progress, leave=False):
             _same_samples(members, batches)
-            if not batches[0].get("label") is None: metric.update({"probabilities": _mean_probabilities(members, batches, mode)}, batches[0])
+            if batches[0].get("label") is not None: metric.update({"probabilities": _mean_probabilities(members, batches, mode)}, batches[0])
     for (_, network), was in zip(members, were, strict=True): network.train() if was else network.eval()
     return {name: value for name, value in metric.compute().items() if name != "loss"}
 

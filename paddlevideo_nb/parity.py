@@ -79,7 +79,7 @@ def _outputs(case_name, prefix, values, specs, arrays):
     if len(values) != len(specs):
         return [{"case": case_name, "what": f"{prefix}: {len(values)} outputs, recorded {len(specs)}", "absolute": np.inf, "relative": np.inf, "verdict": "FAIL"}]
     rows = []
-    for i, (value, spec) in enumerate(zip(values, specs)):
+    for i, (value, spec) in enumerate(zip(values, specs, strict=True)):
         value = np.asarray(value)
         flat = value.reshape(-1)[::spec["stride"] or 1]
         rows.append(row(case_name, f"{prefix} output {i}", flat, arrays[spec["key"]]))
@@ -136,7 +136,7 @@ def check_training(name, case):
     state = network.state_dict()
     tensors = {original: state[key] for key, original in original_names(network).items()}
     start, rows = {k: v.numpy().copy() for k, v in tensors.items()}, []
-    for record, sensitivity in zip(case["train_steps"], case["sensitivity"]):
+    for record, sensitivity in zip(case["train_steps"], case["sensitivity"], strict=True):
         outputs = task.forward(network, batch, "train")
         loss = task.loss(outputs, batch)
         loss.backward()

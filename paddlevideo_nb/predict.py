@@ -63,14 +63,14 @@ def _by_video(batches, views):
 # %% ../nbs/system/prediction.ipynb #b40d950b
 def predict(task, network, video_path="", filelist=None, topk=20, names=None, batch_size=1, progress=True):
     """The `topk` best classes of each video: a list of dicts with `video`, `top`, a list of {class, name, score}, best first,
-    and for video files `frames` and `times` (seconds): what the network was shown.
+    for detectors and proposals with `segment`, and for video files `frames` and `times` (seconds): what the network was shown.
 
     One video (`video_path`) or those of a list file. `names`: a name per class. Never more than there are classes.
     Raises `VideoError` for a file that cannot be read, `PvnbError` for a `topk` or `batch_size` below 1.
     """
     _at_least_one(infer_topk=topk, batch_size=batch_size)
     data, network_was = task.dataset("infer", filelist=filelist, video_path=video_path), network.training
-    names = names or class_names("", task.config.MODEL.num_classes)
+    names = names or class_names("", task.config.MODEL.get("num_classes", 0))
     network.eval()
     found = []
     with paddle.no_grad():
@@ -78,14 +78,17 @@ def predict(task, network, video_path="", filelist=None, topk=20, names=None, ba
         for outputs, batch in _by_video(((task.forward(network, batch, "infer"), batch) for batch in bar), len(getattr(data, "views", [0]))):
             found += task.predictions(outputs, batch, topk)
     if network_was: network.train()
-    return [{"video": p["name"], "top": [{"class": c, "name": names[c], "score": s} for c, s in zip(p["classes"], p["scores"], strict=True)],
+    def row(p, i):
+        kind = {"class": p["classes"][i], "name": names[p["classes"][i]]} if "classes" in p else {"name": "proposal"}
+        return {**kind, "score": p["scores"][i], **({"segment": p["segments"][i]} if "segments" in p else {})}
+    return [{"video": p["name"], "top": [row(p, i) for i in range(len(p["scores"]))],
              **_seen(task, data, p["name"])} for p in found]
 
 def format_prediction(prediction, width=30):
     "The prediction of one video as text with bars."
     top = prediction["top"]
-    longest = max(len(t["name"]) for t in top)
-    lines = [f"{t['name']:{longest}} {t['score']:.3f} {'#' * round(width * t['score'])}".rstrip() for t in top]
+    longest = max((len(t["name"]) for t in top), default=0)
+    lines = [f"{t['name']:{longest}} {t['score']:.3f} {'#' * round(width * t['score'])}".rstrip() + ("  {:.2f} to {:.2f}".format(*t["segment"]) if "segment" in t else "") for t in top]
     return "\n".join([prediction["video"], *(f"  {line}" for line in lines)])
 
 # %% ../nbs/system/prediction.ipynb #c1cccba5
@@ -142,7 +145,7 @@ def predict_command(argv):
     if video: existing_file(video, "video")
     data = task.dataset("infer", filelist=None if video else infer.filelist, video_path=video)
     if args.plot and getattr(data, "format", "") != "mp4": raise PvnbError(f"--plot draws video files, and {infer.filelist} lists other things")
-    names = class_names(label_list(task.config, args.labels), task.config.MODEL.num_classes)
+    names = class_names(label_list(task.config, args.labels), task.config.MODEL.get("num_classes", 0))
     found = predict(task, network, video, infer.filelist if not video else None, args.infer_topk, names, args.batch_size or 1)
     path = Path(args.save_dir)/f"{task.name}_predictions.json"
     write_json(path, found)

@@ -105,7 +105,7 @@ class ClipTask(ClipInput):
         "Per sample its name and its `topk` best classes with their probabilities, best first; never more than there are classes."
         scores, classes = paddle.topk(outputs["probabilities"], min(topk, outputs["probabilities"].shape[1]))
         names = batch.get("name") or [""] * len(scores)
-        return [{"name": n, "classes": c, "scores": s} for n, c, s in zip(names, classes.tolist(), scores.tolist())]
+        return [{"name": n, "classes": c, "scores": s} for n, c, s in zip(names, classes.tolist(), scores.tolist(), strict=True)]
 
     def fetches(self, mode, outputs, loss, batch):
         "What the original program returns in a mode (train, test, infer), in its order: at inference the probabilities, otherwise loss, probabilities, labels."
