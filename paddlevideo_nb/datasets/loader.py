@@ -4,7 +4,6 @@
 __all__ = ['paddle', 'sample_rng', 'epoch_order', 'Skipped', 'collate', 'Loader', 'make_loader']
 
 # %% ../../nbs/foundations/loader.ipynb #b5665deb
-import shutil
 import traceback
 
 import numpy as np
@@ -109,13 +108,6 @@ class Loader(paddle.io.DataLoader):
             if hasattr(batches, "_try_shutdown_all"):  # its own clean-up waits for the garbage collector
                 batches._try_shutdown_all()
 
-def _shared_memory(needed=2**28):
-    "Whether /dev/shm has room for the batches of worker processes (containers often get 64 MiB, and overrunning it kills the process)."
-    try:
-        return shutil.disk_usage("/dev/shm").free >= needed
-    except OSError:
-        return False
-
 # %% ../../nbs/foundations/loader.ipynb #356c9014
 def make_loader(dataset, batch_size, *, shuffle=False, seed=0, epoch=0, workers=0, skip_batches=0, drop_last=False, rank=0, world=1):
     """A loader over one epoch: an iterable of dicts, key -> tensor `[B, ...]` or list of strings, and `"skipped"`, a list of messages (see `collate`).
@@ -134,5 +126,5 @@ def make_loader(dataset, batch_size, *, shuffle=False, seed=0, epoch=0, workers=
         raise PvnbError(f"{len(order)} samples do not fill one batch of {batch_size}; lower batch_size")
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)  # before the worker processes copy the data set
-    return Loader(_Reader(dataset), batch_sampler=batches[skip_batches:], collate_fn=_Collate(getattr(dataset, "collate", collate)),
-                  num_workers=workers, use_shared_memory=workers > 0 and _shared_memory())
+    # Without shared memory: a forked worker that makes Paddle tensors can inherit a lock of Paddle's memory statistics, and waits for ever. (And /dev/shm is often small.)
+    return Loader(_Reader(dataset), batch_sampler=batches[skip_batches:], collate_fn=_Collate(getattr(dataset, "collate", collate)), num_workers=workers, use_shared_memory=False)
