@@ -2,17 +2,16 @@
 
 # %% auto #0
 __all__ = ['paddle', 'balanced_loss', 'boundary_loss', 'confidence_loss', 'regression_loss', 'raw_proposals', 'proposals',
-           'ProposalMetric', 'BMNInput', 'BMNTask']
+           'BMNTask']
 
 # %% ../nbs/system/bmn_tasks.ipynb #467aa34b
 import numpy as np
 
-from .core import PvnbError, import_paddle
-from .datasets.activitynet import ActivityNetDataset, bare, read_entries, server_form
-from .layers.optimizers import Adam
-from .metrics.proposals import evaluate_proposals
-from .metrics.temporal import BMN_SOFT_NMS, boundary_pairs, result_rows, soft_nms
+from .core import import_paddle
+from .datasets.activitynet import ActivityNetDataset
+from .metrics.temporal import BMN_SOFT_NMS, boundary_pairs, soft_nms
 from .models.bmn import BMN, valid_cells
+from .proposal_tasks import ProposalTask
 
 paddle = import_paddle()
 
@@ -59,63 +58,23 @@ def proposals(maps, start, end, **soft):
     picks, scores = soft_nms(segments, scores, **{**BMN_SOFT_NMS, **soft})
     return segments[picks], scores
 
-# %% ../nbs/system/bmn_tasks.ipynb #eb2cf55a
-class ProposalMetric:
-    """AR@1, 5, 10, 100 and AUC, all 0..1, and the mean loss. `annotations`: of the data set, a path or dict in either form; `info` as of `read_entries`.
+# %% ../nbs/system/bmn_tasks.ipynb #9d23a35d
+class BMNTask(ProposalTask):
+    """Features of untrimmed videos to proposals: data in the ActivityNet form, the three losses, Adam, AR@AN and AUC.
 
-    `update` takes maps, start, end of a batch (and `loss`, if there is one) and the names of its videos. `results`: {video: rows of score and segment in seconds} so far.
+    Batches: `feature` float32 `[N, C, T]`; for training and evaluation `gt_iou_map` `[N, D, T]`, `gt_start` and `gt_end` `[N, T]`; `name`, `index`.
     """
-    def __init__(self, annotations, info=None):
-        self.annotations, self.info = annotations, info
-        self.reset()
-
-    def reset(self): self.results, self.losses, self.entries, self.result = {}, [], None, {}
-
-    def update(self, outputs, batch):
-        if self.entries is None: self.entries = read_entries(self.annotations, self.info)
-        if "loss" in outputs: self.losses += [float(outputs["loss"])]*len(batch["name"])
-        for name, *video in zip(batch["name"], *(np.asarray(outputs[k]) for k in ("maps", "start", "end")), strict=True):
-            if name not in self.entries: raise PvnbError(f"video {name} is not in the annotations")
-            self.results[bare(name)] = result_rows(*proposals(*video), self.entries[name]["duration"])
-
-    def compute(self):
-        if not self.results: raise PvnbError("no video was evaluated")
-        truth = server_form(self.annotations, self.info)
-        seen = {n: {**e, "subset": "seen"} for n, e in truth["database"].items() if n in self.results}
-        if not any(e["annotations"] for e in seen.values()): raise PvnbError("none of the evaluated videos has an annotated segment")
-        found = evaluate_proposals({"database": seen}, {"results": self.results}, subset="seen")
-        scalars = {k: found[k] for k in ("auc", "ar1", "ar5", "ar10", "ar100")}
-        self.result = {**scalars, "videos": len(self.results), **({"loss": float(np.mean(self.losses))} if self.losses else {})}
-        return dict(self.result)
-
-# %% ../nbs/system/bmn_tasks.ipynb #91895c36
-class BMNInput:
-    "What the network is, and what it is fed."
-    feeds = {"feat": "feature", "fileid": "index"}
-
-    def __init__(self, config): self.config, self.name = config, "BMN"
+    name, feeds = "BMN", {"feat": "feature", "fileid": "index"}
 
     def network(self):
         m = self.config.MODEL
         return BMN(m.feat_dim, m.tscale, m.dscale, m.num_sample, m.num_sample_perbin, m.prop_boundary_ratio, m.get("hidden_sizes", (256, 128, 512)))
-
-    def batch_size(self, mode): return int(self.config.value(mode, "batch_size", 1))
 
     def dataset(self, mode, seed=0, cache=False, filelist=None, video_path=""):
         "The data set of `mode`. For infer: the features in `video_path` or, without it, in MODEL.feat_path; other modes have annotations."
         m = self.config.MODEL
         if mode == "infer": return ActivityNetDataset(None, video_path or m.feat_path, mode=mode, tscale=m.tscale, dscale=m.dscale, feature_dim=m.feat_dim)
         return ActivityNetDataset(m.anno_file, m.feat_path, self.config.value(mode, "subset", None), mode, m.tscale, m.dscale, feature_dim=m.feat_dim)
-
-    def metric(self, mode="valid"): return ProposalMetric(self.config.MODEL.anno_file)
-
-# %% ../nbs/system/bmn_tasks.ipynb #9d23a35d
-class BMNTask(BMNInput):
-    """Features of untrimmed videos to proposals: data in the ActivityNet form, the three losses, Adam, AR@AN and AUC.
-
-    Batches: `feature` float32 `[N, C, T]`; for training and evaluation `gt_iou_map` `[N, D, T]`, `gt_start` and `gt_end` `[N, T]`; `name`, `index`.
-    """
-    monitor = "auc"
 
     def forward(self, network, batch, mode="test"):
         "Named outputs: `maps` `[N, 2, D, T]` (regressed, classified), `start` and `end` `[N, T]`; `draws` for the loss, in training at random, else always the same."
@@ -136,19 +95,9 @@ class BMNTask(BMNInput):
         outputs["losses"] = tem, regression, classification = self.losses(outputs, batch)
         return tem + 10*regression + classification
 
-    def optimizer(self, network):
-        "(Adam with L2 decay, its schedule: one step down after TRAIN.lr_decay_iter updates)."
-        t = self.config.TRAIN
-        schedule = paddle.optimizer.lr.PiecewiseDecay([t.lr_decay_iter], [t.learning_rate, t.learning_rate*t.learning_rate_decay])
-        return Adam(schedule, parameters=network.parameters(), weight_decay=paddle.regularizer.L2Decay(t.l2_weight_decay)), schedule
-
-    def predictions(self, outputs, batch, topk):
-        "Per video its name and its `topk` best proposals: `segments` as shares of the video, `scores`, best first."
-        found = []
-        for name, *video in zip(batch["name"], *(np.asarray(outputs[k]) for k in ("maps", "start", "end")), strict=True):
-            segments, scores = proposals(*video)
-            found.append({"name": name, "segments": segments[:topk].tolist(), "scores": scores[:topk].tolist()})
-        return found
+    def proposals(self, outputs, batch):
+        "Per video (segments `[K, 2]`, scores `[K]`) after soft-NMS."
+        return [proposals(*video) for video in zip(*(np.asarray(outputs[k]) for k in ("maps", "start", "end")), strict=True)]
 
     def fetches(self, mode, outputs, loss, batch):
         "What the original returns in a mode: the losses in training; at test also maps, start, end (the latter two flattened) and the file's number; at inference maps, start, end."

@@ -39,7 +39,10 @@ class DetectionMetric:
 
     Classes without an annotated segment have no precision and are left out of the means; so is a video that no list names: `PvnbError`.
     """
-    def __init__(self, task, mode): self.task, self.mode, self.truth = task, mode, truth_of(task.config.value(mode, "filelist"), task.config.MODEL.snippet_length); self.reset()
+    def __init__(self, task, mode):
+        self.task, self.mode = task, mode
+        self.truth = truth_of(task.config.value(mode, "filelist"), task.config.MODEL.snippet_length)
+        self.reset()
 
     def reset(self): self.names, self.found, self.losses = [], [], []
 

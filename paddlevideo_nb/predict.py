@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['paddle', 'OPTIONS', 'EXTRACT_OPTIONS', 'VIDEO_SUFFIXES', 'predict', 'format_prediction', 'plot_prediction',
-           'predict_command', 'snippets', 'snippets_of', 'read_windows', 'extract', 'write_features', 'has_features',
-           'extract_command']
+           'predict_command', 'snippets', 'snippets_of', 'read_windows', 'extract', 'digest_of_file', 'write_features',
+           'has_features', 'extract_command']
 
 # %% ../nbs/system/prediction.ipynb #79946042
 import hashlib
@@ -211,7 +211,8 @@ def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, strid
     return {"features": np.concatenate(rows), "audio": sound_rows(path, start, end), "start": start, "end": end, "frames": spans}
 
 # %% ../nbs/system/prediction.ipynb #7b931bc6
-def _digest_of_file(path):
+def digest_of_file(path):
+    "SHA-256 (hexadecimal) of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
 def _settings(task, network, seconds, stride):
@@ -298,7 +299,7 @@ def extract_command(argv):
     _at_least_one(batch_size=args.batch_size)
     films, settings = _films(places), _settings(task, network, seconds, args.stride)
     for stem, film in tqdm(films.items(), desc="extract", unit="video"):
-        digest = _digest_of_file(film)
+        digest = digest_of_file(film)
         if has_features(args.out, stem, settings, digest): continue
         values = extract(task, network, film, seconds, args.batch_size or 8, stride=args.stride)
         write_features(args.out, stem, values, {**settings, **_about(film, args.weights), "film": digest})

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import PvnbError, atomic_path, existing_file, write_text
+from .datasets.kinetics import read_label_list
 from .datasets.youtube8m import make_video, quantise, write_records
 
 # %% ../nbs/system/records.ipynb #acec4cb5
@@ -78,12 +79,12 @@ def records_command(argv):
     p.add_argument("features", help="HDF5 file that pvnb extract wrote")
     p.add_argument("--out", required=True, help="the TFRecord file; FILE.scale.npz and FILE.labels.txt are written beside it")
     p.add_argument("--labels", help="CSV with the columns video and label; without it the records have no labels, for prediction")
-    p.add_argument("--names", help="text file of label names, a line each (with or without a number behind): the order of the classes; default: alphabetical")
+    p.add_argument("--names", help="label list (FILE.labels.txt of the training records): the order of the classes; default: alphabetical")
     p.add_argument("--scale", help="FILE.scale.npz of the training records; without it a new scale is made")
     args = p.parse_args(argv)
     features = read_features(args.features)
     scale = read_scale(args.scale) if args.scale else fit_scale(features)
-    names = [line.rsplit(" ", 1)[0] if line.rsplit(" ", 1)[-1].isdigit() else line for line in existing_file(args.names, "names").read_text(encoding="utf-8").splitlines() if line.strip()] if args.names else None
+    names = list(read_label_list(args.names)) if args.names else None
     labels, names = read_labels(args.labels, names) if args.labels else (None, names)
     out = Path(args.out)
     count = write_records(out, own_records(features, scale, labels))

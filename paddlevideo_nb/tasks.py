@@ -6,7 +6,6 @@ __all__ = ['paddle', 'NAMES', 'TASKS', 'CONFIGS', 'step_decay', 'ClipInput', 'Cl
 
 # %% ../nbs/system/tasks.ipynb #0ddff9a3
 import importlib
-import importlib.util
 
 import numpy as np
 
@@ -196,11 +195,9 @@ def find_model(name):
         if known.upper() == str(name).upper(): return known
     raise PvnbError(f"no model {name!r}{nearest(name, NAMES)} (known: {', '.join(NAMES)})")
 
-def _is_there(place): return importlib.util.find_spec(f"paddlevideo_nb.{place.split(':')[0]}") is not None
-
 def list_models():
     "Names of the models that can be created."
-    return [name for name, place in TASKS.items() if _is_there(place)]
+    return list(TASKS)
 
 class NotBuilt(PvnbError):
     "One of the thirteen models, whose lesson is still to come."
@@ -209,8 +206,8 @@ def get_task(config):
     "The task of a configuration (a `Config`, or a name or path for `load_config`). Raises `NotBuilt` for a model to come."
     config = config if isinstance(config, Config) else load_config(config)
     name = find_model(config.MODEL.name)
-    if name not in list_models():
-        raise NotBuilt(f"{name} is not built yet (built: {', '.join(list_models())})")
+    if name not in TASKS:
+        raise NotBuilt(f"{name} is not built yet (built: {', '.join(TASKS)})")
     module, task = TASKS[name].split(":")
     return getattr(importlib.import_module(f"paddlevideo_nb.{module}"), task)(config)
 

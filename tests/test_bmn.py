@@ -4,13 +4,14 @@ import json
 import numpy as np
 import pytest
 
-from paddlevideo_nb.bmn_tasks import BMNTask, ProposalMetric, balanced_loss, boundary_loss, confidence_loss, proposals, raw_proposals, regression_loss
+from paddlevideo_nb.bmn_tasks import BMNTask, balanced_loss, boundary_loss, confidence_loss, proposals, raw_proposals, regression_loss
 from paddlevideo_nb.config import load_config
 from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
 from paddlevideo_nb.datasets.untrimmed import make_untrimmed
 from paddlevideo_nb.evaluate import evaluate
 from paddlevideo_nb.layers.naming import original_names
 from paddlevideo_nb.models.bmn import BMN, BoundaryMatching, Tiles, sampling_mask, valid_cells
+from paddlevideo_nb.proposal_tasks import ProposalScores
 from paddlevideo_nb.tasks import create_model, get_task
 from paddlevideo_nb.train import fit
 from paddlevideo_nb.zoo import load_weights, save_legacy
@@ -170,11 +171,11 @@ def batch_of(name, start_at, end_at):
     maps, start, end = np.full((1, 2, 10, 10), .01), np.full((1, 10), .01), np.full((1, 10), .01)
     start[0, start_at], end[0, end_at] = .9, .9
     maps[0, :, end_at - start_at, start_at] = .9
-    return {"maps": maps, "start": start, "end": end, "loss": 2.0}, {"name": [name]}
+    return {"found": [proposals(maps[0], start[0], end[0])], "loss": 2.0}, {"name": [name]}
 
 
 def test_metric_by_hand():
-    metric = ProposalMetric(database(a=(50, [(10, 30)]), b=(20, [(4, 12)]), c=(9, [])))
+    metric = ProposalScores(database(a=(50, [(10, 30)]), b=(20, [(4, 12)]), c=(9, [])))
     with pytest.raises(PvnbError, match="no video"):
         metric.compute()
     for name in ("a", "b"):

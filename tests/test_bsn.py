@@ -3,11 +3,12 @@ import numpy as np
 import pytest
 
 from paddlevideo_nb.bsn_stages import train_both
-from paddlevideo_nb.bsn_tasks import ProposalDataset, ProposalScores, find_segments, propose, read_proposals, write_proposals
+from paddlevideo_nb.bsn_tasks import ProposalDataset, find_segments, propose, read_proposals, write_proposals
 from paddlevideo_nb.config import load_config
 from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.loader import Skipped, make_loader
 from paddlevideo_nb.models.bsn import BsnPem, BsnTem, boundary_loss, match, pem_loss, proposal_features, selection, start_end_proposals, tem_loss
+from paddlevideo_nb.proposal_tasks import ProposalScores
 from paddlevideo_nb.tasks import create_model, get_task, list_models
 
 paddle = import_paddle()

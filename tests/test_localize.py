@@ -10,9 +10,9 @@ from PIL import Image
 
 from paddlevideo_nb.cli import main
 from paddlevideo_nb.core import PvnbError
-from paddlevideo_nb.localize import actionness_segments, contrast, islands, localize, score_steps, shown_frames, smooth, srt_text, write_results
+from paddlevideo_nb.localize import actionness_segments, contrast, islands, localize, score_steps, smooth, srt_text, write_results
 from paddlevideo_nb.metrics.temporal import paired_iou
-from paddlevideo_nb.video import Video, write_video
+from paddlevideo_nb.video import Video, shown_frames, write_video
 
 
 def steps_of(*acts, count=80, classes=5, noise=.02, seed=0):

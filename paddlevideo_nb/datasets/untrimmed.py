@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..core import PvnbError, cpu_count, data_dir, make_folder, write_json, write_text
 from .theatre import (ACTIONS, FPS, FRAMES, SPLITS, STAGE, _ENCODING, _across, _clutter, _glyph, _mask, _scene, _shoot,
                                              digit_images)
-from ..video import Video, write_video
+from ..video import Video, shown_frames, write_video
 
 # %% ../../nbs/foundations/untrimmed.ipynb #05562895
 LABELS = ("left", "right", "clockwise", "counterclockwise", "grow", "shrink")  # classes to localise, names of theatre.ACTIONS
@@ -153,10 +153,8 @@ def _described(g):
 def _frames_at(path, fps):
     "The frames on show at each tick of `fps` a second (each frame where the film has fewer), one after another."
     video = Video(path)
-    times = video.timestamps
-    ticks = np.arange(0, times[-1] + 1e-9, 1/fps)
-    shown = np.searchsorted(times, ticks + 1e-6, "right") - 1 if len(times) > fps*times[-1]*1.02 + 1 else np.arange(len(times))
-    counts = np.bincount(shown, minlength=len(times))
+    shown = shown_frames(video.timestamps, fps)
+    counts = np.bincount(shown, minlength=len(video))
     for number, frame in video.frames(np.unique(shown)):
         for _ in range(counts[number]): yield frame
 
