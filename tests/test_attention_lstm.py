@@ -1,11 +1,11 @@
 """Attention LSTM: the layer against plain loops, padding, both directions, faults, the mini configuration and its films, and the lesson's zoo cell."""
-import json
 
 import numpy as np
 import pytest
 
+from helpers import jitter, run_zoo_cell
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.features import make_features
 from paddlevideo_nb.datasets.loader import make_loader
 from paddlevideo_nb.datasets.youtube8m import YouTube8MDataset, make_video, pad_collate, write_records
@@ -17,15 +17,6 @@ from paddlevideo_nb.zoo import load_weights, save_weights
 
 paddle = import_paddle()
 LENGTHS = [7, 4, 1, 6]
-
-
-def jitter(layer, seed=0, size=.5):
-    "Values that nothing cancels out: biases and peepholes included."
-    rng = np.random.default_rng(seed)
-    for p in layer.parameters():
-        p.set_value(rng.normal(0, size, p.shape).astype("float32"))
-    layer.eval()
-    return layer
 
 
 def batch(*widths, seed=1):
@@ -216,23 +207,13 @@ def test_weights_go_out_under_the_original_names_and_come_back(tmp_path):
 # --- the lesson's zoo cell, on a network and videos small enough for a test
 
 
-def zoo_cell():
-    cells = json.loads((repo_dir()/"nbs"/"papers"/"attention_lstm.ipynb").read_text(encoding="utf-8"))["cells"]
-    found = [s for s in ("".join(c["source"]) for c in cells if c["cell_type"] == "code") if 'if mode == "zoo"' in s]
-    assert len(found) == 1, f"{len(found)} cells of the lesson handle the zoo mode"
-    return found[0]
-
-
 def small(name, **overrides):
     "The published configuration with a small network and narrow features."
     size = {"feature_dims": [12, 4], "embedding_size": 5, "lstm_size": 4, "hidden_sizes": [8, 6], "num_classes": 9}
     return load_config(name, **{f"MODEL.{k}": v for k, v in size.items()}, **overrides)
 
 
-def run_cell(data_root, weights, mode="zoo"):
-    names = {"mode": mode, "data_root": str(data_root), "weights": str(weights), "load_config": small, "create_model": create_model, "get_task": get_task}
-    exec(compile(zoo_cell(), "attention_lstm.ipynb, zoo cell", "exec"), names)
-    return names
+def run_cell(*where, **more): return run_zoo_cell("attention_lstm", *where, load_config=small, create_model=create_model, get_task=get_task, **more)
 
 
 def test_zoo_cell_measures_the_published_weights(tmp_path):

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
+from helpers import run_zoo_cell
 from paddlevideo_nb.bmn_tasks import BMNTask, balanced_loss, boundary_loss, confidence_loss, proposals, raw_proposals, regression_loss
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.untrimmed import make_untrimmed
 from paddlevideo_nb.evaluate import evaluate
 from paddlevideo_nb.layers.naming import original_names
@@ -245,20 +246,12 @@ def test_predictions_of_features_alone(world):
 # --- the lesson's zoo cell
 
 
-def zoo_cell():
-    cells = json.loads((repo_dir()/"nbs"/"papers"/"bmn.ipynb").read_text(encoding="utf-8"))["cells"]
-    found = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and 'if mode == "zoo"' in "".join(c["source"])]
-    assert len(found) == 1, f"{len(found)} cells of the lesson handle the zoo mode"
-    return found[0]
+def small(name, **overrides):
+    size = {"feat_dim": 8, "tscale": 14, "dscale": 14, "num_sample": 5, "num_sample_perbin": 2, "hidden_sizes": [8, 6, 12]}
+    return load_config(name, **{f"MODEL.{k}": v for k, v in size.items()}, **overrides)
 
 
-def run_cell(data_root, weights, mode="zoo"):
-    def small(name, **overrides):
-        size = {"feat_dim": 8, "tscale": 14, "dscale": 14, "num_sample": 5, "num_sample_perbin": 2, "hidden_sizes": [8, 6, 12]}
-        return load_config(name, **{f"MODEL.{k}": v for k, v in size.items()}, **overrides)
-    names = {"mode": mode, "data_root": str(data_root), "weights": str(weights), "load_config": small, "evaluate": evaluate, "get_task": get_task}
-    exec(compile(zoo_cell(), "bmn.ipynb, zoo cell", "exec"), names)
-    return names
+def run_cell(*where, **more): return run_zoo_cell("bmn", *where, load_config=small, evaluate=evaluate, get_task=get_task, **more)
 
 
 def test_zoo_cell_measures_a_legacy_file(tmp_path):

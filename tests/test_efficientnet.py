@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 
+from helpers import real_weights
 from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.models.efficientnet import STAGES, EfficientNetLite0, InvertedBottleneck
-from paddlevideo_nb.pretrained import fetch_pretrained
 from paddlevideo_nb.zoo import load_weights
 
 paddle = import_paddle()
@@ -63,13 +63,7 @@ def test_real_pictures():
     """
     import cv2
     from sklearn.datasets import load_sample_images
-    try:
-        path = fetch_pretrained("efficientnet_lite0")
-    except PvnbError as e:
-        if "no connection" in str(e) or " answers " in str(e):
-            pytest.skip(f"no weights: {e}")
-        raise
-    network = load_weights(EfficientNetLite0(), path)
+    network = load_weights(EfficientNetLite0(), real_weights("efficientnet_lite0"))
     network.eval()
     for picture, wanted in zip(load_sample_images().images, (698, 985), strict=True):
         height, width = picture.shape[:2]

@@ -5,6 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
+from helpers import real_weights
 from paddlevideo_nb.cli import main
 from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.predict import read_windows
@@ -52,14 +53,6 @@ def test_windows_of_snippets():
 # ---- with the real weights
 
 
-def weights(name):
-    from paddlevideo_nb.pretrained import fetch_pretrained
-    try: return fetch_pretrained(name)
-    except PvnbError as e:
-        if "no connection" in str(e) or " answers " in str(e): pytest.skip(f"no weights: {e}")
-        raise
-
-
 def frames_of(repo, name, first, last):
     path = repo.parent/"shared"/"data"/"clips"/name
     if not path.is_file(): pytest.skip("no real clips beside this checkout: they may not be passed on")
@@ -79,7 +72,7 @@ def uneven(repo, folder):
 
 @pytest.mark.parametrize("kind", [portrait, uneven])
 def test_any_film(repo, tmp_path, kind):
-    weights("i3d")
+    real_weights("i3d")
     film, action = kind(repo, tmp_path)
     assert main(["predict", "I3D", f"--video_path={film}", "num_test_clips=1", f"--save_dir={tmp_path}", "--infer_topk=3"]) == 0
     (found,) = json.loads((tmp_path/"I3D_predictions.json").read_text())
@@ -87,7 +80,7 @@ def test_any_film(repo, tmp_path, kind):
 
 
 def test_features_of_frames(repo, tmp_path):
-    weights("efficientnet_lite0")
+    real_weights("efficientnet_lite0")
     write_video(tmp_path/"a.mkv", frames_of(repo, "archery.avi", 30, 110), 25)
     assert main(["extract", "EfficientNetLite0", str(tmp_path/"a.mkv"), "--stride", "20", "--out", str(tmp_path/"f.h5")]) == 0
     with h5py.File(tmp_path/"f.h5") as file:

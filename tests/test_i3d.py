@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 
+from helpers import real_weights
 from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.views import crop_normalised, resize_short, spatial_offsets
 from paddlevideo_nb.models.i3d import ENDPOINTS, I3D, Unit3D
-from paddlevideo_nb.pretrained import fetch_pretrained, label_names
+from paddlevideo_nb.pretrained import label_names
 from paddlevideo_nb.video import probe, read_frames
 from paddlevideo_nb.zoo import load_weights
 
@@ -126,13 +127,7 @@ def test_faults(net):
 
 @pytest.fixture(scope="module")
 def trained():
-    try:
-        path = fetch_pretrained("i3d")
-    except PvnbError as e:
-        if "no connection" in str(e) or " answers " in str(e):
-            pytest.skip(f"no weights: {e}")
-        raise
-    network = load_weights(I3D(), path)
+    network = load_weights(I3D(), real_weights("i3d"))
     network.eval()
     return network
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import real_weights
 from paddlevideo_nb.cli import main
 from paddlevideo_nb.core import PvnbError
 from paddlevideo_nb.localize import actionness_segments, contrast, islands, localize, score_steps, smooth, srt_text, write_results
@@ -99,14 +100,6 @@ def test_command_faults(tmp_path, capsys):
 # ---- with the real weights
 
 
-def eyes():
-    from paddlevideo_nb.pretrained import fetch_pretrained
-    try: fetch_pretrained("i3d")
-    except PvnbError as e:
-        if "no connection" in str(e) or " answers " in str(e): pytest.skip(f"no weights: {e}")
-        raise
-
-
 def opening(path, seconds, skip=0.0):
     video = Video(path)
     shown = shown_frames(video.timestamps)
@@ -133,7 +126,7 @@ def spliced(repo, tmp_path_factory):
 
 
 def test_acts_between_other_footage(spliced, tmp_path, monkeypatch):
-    eyes()
+    real_weights("i3d")
     path, acts = spliced
     rows, paths = localize(path, tmp_path, progress=False)
     for act, first, last in acts:

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from helpers import jitter
 from paddlevideo_nb.config import load_config
 from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
 from paddlevideo_nb.datasets.youtube8m import YouTube8MDataset
@@ -12,15 +13,6 @@ from paddlevideo_nb.tasks import create_model, get_task
 from paddlevideo_nb.zoo import load_weights, save_legacy
 
 paddle = import_paddle()
-
-
-def jitter(layer, seed=0):
-    "Give parameters and running statistics values that nothing cancels out; in eval mode."
-    rng = np.random.default_rng(seed)
-    for key, value in layer.state_dict().items():
-        value.set_value((rng.uniform(.5, 2, value.shape) if key.endswith(("_variance", "eigen")) else rng.normal(0, .3, value.shape)).astype("float32"))
-    layer.eval()
-    return layer
 
 
 def small(seed=0, **options):

@@ -1,11 +1,11 @@
 """Non-local: the block against a plain loop, what C2D and I3D can tell apart, the head over several windows, the mini configuration, and the lesson's zoo cell."""
-import json
 
 import numpy as np
 import pytest
 
+from helpers import jitter, run_zoo_cell
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.evaluate import evaluate
 from paddlevideo_nb.layers.naming import original_names
 from paddlevideo_nb.metrics.multiview import MultiViewAccuracy
@@ -15,15 +15,6 @@ from paddlevideo_nb.video import write_video
 from paddlevideo_nb.zoo import save_weights
 
 paddle = import_paddle()
-
-
-def jitter(layer, seed=0, size=.5):
-    "Give every parameter values that nothing cancels out: biases and norms included."
-    rng = np.random.default_rng(seed)
-    for p in [p for p in layer.parameters() if not p.stop_gradient]:  # statistics stay
-        p.set_value((rng.normal(0, size, p.shape)).astype("float32"))
-    layer.eval()
-    return layer
 
 
 def by_loops(block, x):
@@ -59,7 +50,7 @@ def by_loops(block, x):
 @pytest.mark.parametrize("affinity", AFFINITIES)
 @pytest.mark.parametrize("options", [{}, {"pool": False, "scale": False, "norm": None}, {"norm": "affine", "bias": False}])
 def test_block_is_its_definition(affinity, options):
-    block = jitter(NonLocalBlock(6, affinity=affinity, **options))
+    block = jitter(NonLocalBlock(6, affinity=affinity, **options), statistics=False)
     x = np.random.default_rng(1).normal(0, .7, (2, 6, 3, 4, 5)).astype("float32")  # an odd width: the last column is no key
     out = block(paddle.to_tensor(x)).numpy()
     for film, result in zip(x, out, strict=True):
@@ -69,7 +60,7 @@ def test_block_is_its_definition(affinity, options):
 def test_weights_are_shares_for_the_gaussians_only():
     x = paddle.randn([2, 8, 3, 4, 4])
     for affinity in AFFINITIES:
-        w = jitter(NonLocalBlock(8, affinity=affinity)).weights(x)
+        w = jitter(NonLocalBlock(8, affinity=affinity), statistics=False).weights(x)
         assert w.shape == [2, 3*16, 3*4]
         assert np.allclose(w.sum(-1).numpy(), 1, atol=1e-5) == ("gaussian" in affinity)
 
@@ -82,7 +73,7 @@ def test_a_new_block_changes_nothing():
 
 
 def test_groups_are_blocks_of_their_own():
-    block, x = jitter(NonLocalBlock(8, group=2, norm="affine")), paddle.randn([2, 8, 6, 4, 4])
+    block, x = jitter(NonLocalBlock(8, group=2, norm="affine"), statistics=False), paddle.randn([2, 8, 6, 4, 4])
     apart = paddle.concat([block(x[:, :, t:t + 2]) for t in (0, 2, 4)], axis=2)
     np.testing.assert_allclose(block(x).numpy(), apart.numpy(), atol=1e-5)
     assert bool((block(x[:, :, :1]) != x[:, :, :1]).any())  # fewer frames than a group: all with all
@@ -203,23 +194,13 @@ def test_mini_configuration():
 # --- the lesson's zoo cell, on a network and films small enough for a test
 
 
-def zoo_cell():
-    cells = json.loads((repo_dir()/"nbs"/"papers"/"nonlocal.ipynb").read_text(encoding="utf-8"))["cells"]
-    found = [s for s in ("".join(c["source"]) for c in cells if c["cell_type"] == "code") if 'if mode == "zoo"' in s]
-    assert len(found) == 1, f"{len(found)} cells of the lesson handle the zoo mode"
-    return found[0]
-
-
 def small(name, **overrides):
     "The published configuration, its network and pictures made small; views, lists and labels as they are."
     size = {"width": 4, "depth": 14, "num_classes": 6}
     return load_config(name, **{f"MODEL.{k}": v for k, v in size.items()}, **{"TEST.crop_size": 48, "TEST.jitter_scales": [48, 48], "TEST.video_length": 4}, **overrides)
 
 
-def run_cell(data_root, weights, mode="zoo"):
-    names = {"mode": mode, "data_root": str(data_root), "weights": str(weights), "load_config": small, "evaluate": evaluate, "get_task": get_task}
-    exec(compile(zoo_cell(), "nonlocal.ipynb, zoo cell", "exec"), names)
-    return names
+def run_cell(*where, **more): return run_zoo_cell("nonlocal", *where, load_config=small, evaluate=evaluate, get_task=get_task, **more)
 
 
 def test_zoo_cell_counts_films_by_the_mean_of_their_30_views(tmp_path):

@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
+from helpers import jitter, run_zoo_cell
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.theatre import load_clips
 from paddlevideo_nb.evaluate import evaluate
 from paddlevideo_nb.layers.naming import original_names
@@ -18,15 +19,6 @@ from paddlevideo_nb.transforms import sample_frames
 from paddlevideo_nb.zoo import load_pretrained, save_weights
 
 paddle = import_paddle()
-
-
-def jitter(layer, seed=0):
-    "Give parameters and running statistics values that nothing cancels out; in eval mode."
-    rng = np.random.default_rng(seed)
-    for key, value in layer.state_dict().items():
-        value.set_value((rng.uniform(.5, 2, value.shape) if key.endswith("_variance") else rng.normal(0, .5, value.shape)).astype("float32"))
-    layer.eval()
-    return layer
 
 
 def norm(layer, x):
@@ -215,23 +207,13 @@ def test_mini_configuration():
 # --- the lesson's zoo cell, on a network and films small enough for a test
 
 
-def zoo_cell():
-    cells = json.loads((repo_dir()/"nbs"/"papers"/"stnet.ipynb").read_text(encoding="utf-8"))["cells"]
-    found = [s for s in ("".join(c["source"]) for c in cells if c["cell_type"] == "code") if 'if mode == "zoo"' in s]
-    assert len(found) == 1, f"{len(found)} cells of the lesson handle the zoo mode"
-    return found[0]
-
-
 def small(name, **overrides):
     "The published configuration with its network and pictures made small; 25 segments of 5 frames, pickles and list as they are."
     size = {"MODEL.width": 4, "MODEL.num_layers": 14, "MODEL.num_classes": 6, "TEST.short_size": 40, "TEST.target_size": 32}
     return load_config(name, **size, **overrides)
 
 
-def run_cell(data_root, weights, mode="zoo"):
-    names = {"mode": mode, "data_root": str(data_root), "weights": str(weights), "load_config": small, "evaluate": evaluate, "get_task": get_task}
-    exec(compile(zoo_cell(), "stnet.ipynb, zoo cell", "exec"), names)
-    return names
+def run_cell(*where, **more): return run_zoo_cell("stnet", *where, load_config=small, evaluate=evaluate, get_task=get_task, **more)
 
 
 def test_zoo_cell_measures_and_judges(tmp_path):

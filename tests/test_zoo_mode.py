@@ -1,13 +1,13 @@
 """The zoo mode of the TSN lesson, on a miniature laid out as the published files are: a legacy TSN.pdparams and a test.list of pickled clips."""
 import io
-import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import run_zoo_cell
 from paddlevideo_nb.config import load_config
-from paddlevideo_nb.core import PvnbError, import_paddle, repo_dir
+from paddlevideo_nb.core import PvnbError, import_paddle
 from paddlevideo_nb.datasets.kinetics import write_pickle
 from paddlevideo_nb.evaluate import evaluate
 from paddlevideo_nb.layers.naming import original_names
@@ -76,18 +76,7 @@ def world(tmp_path_factory):
     return root, labels, logits
 
 
-def zoo_cell():
-    "The source of the lesson's cell that measures the published weights."
-    cells = json.loads((repo_dir()/"nbs"/"papers"/"tsn.ipynb").read_text(encoding="utf-8"))["cells"]
-    found = [s for s in ("".join(c["source"]) for c in cells if c["cell_type"] == "code") if 'if mode == "zoo"' in s]
-    assert len(found) == 1, f"{len(found)} cells of the lesson handle the zoo mode"
-    return found[0]
-
-
-def run_cell(data_root, weights, mode="zoo"):
-    names = {"mode": mode, "data_root": str(data_root), "weights": str(weights), "load_config": load_config, "evaluate": evaluate, "get_task": get_task}
-    exec(compile(zoo_cell(), "tsn.ipynb, zoo cell", "exec"), names)
-    return names
+def run_cell(*where, **more): return run_zoo_cell("tsn", *where, load_config=load_config, evaluate=evaluate, get_task=get_task, **more)
 
 
 def test_zoo_cell_measures_what_an_independent_computation_finds(world, tmp_path):
