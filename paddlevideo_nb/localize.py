@@ -2,10 +2,9 @@
 
 # %% auto #0
 __all__ = ['paddle', 'STEP', 'WINDOW', 'LEVELS', 'score_steps', 'islands', 'contrast', 'smooth', 'actionness_segments',
-           'srt_time', 'srt_text', 'write_results', 'timeline_figure', 'localize', 'localize_command']
+           'srt_time', 'srt_text', 'write_results', 'timeline_figure', 'likely_curves', 'kept_steps', 'localize']
 
-# %% ../nbs/system/localization.ipynb #5820d776
-import argparse
+# %% ../nbs/system/localization.ipynb #5a754036
 import csv
 import io
 from pathlib import Path
@@ -20,10 +19,10 @@ from .video import Video, shown_frames
 
 paddle = import_paddle()
 
-# %% ../nbs/system/localization.ipynb #67f99d07
+# %% ../nbs/system/localization.ipynb #e0714bb5
 STEP, WINDOW = 8, 64  # frames between two rows of scores; frames that I3D sees at once
 
-# %% ../nbs/system/localization.ipynb #4f4bbc5f
+# %% ../nbs/system/localization.ipynb #8d4c31b3
 def score_steps(task, network, path, fps=25.0, progress=True):
     """Scores of a film over time: dict of `start`, `end` (seconds, `[S]`), `probabilities` float32 `[S, num_classes]`, `features` float32 `[S, 1024]`, a row for each 8 frames shown at `fps`.
 
@@ -47,7 +46,7 @@ def score_steps(task, network, path, fps=25.0, progress=True):
     begin[0] = 0.0
     return {"start": begin, "end": last, "probabilities": np.concatenate(logits)[:count], "features": np.concatenate(features)[:count], "duration": float(end)}
 
-# %% ../nbs/system/localization.ipynb #ca47ddcc
+# %% ../nbs/system/localization.ipynb #85e0f9a2
 LEVELS = np.round(np.arange(.05, .96, .05), 2)
 
 def islands(values, level, gap=1):
@@ -67,7 +66,7 @@ def contrast(values, runs, margin=.25):
     around = total[right] - total[left] - inside
     return inside/length - around/np.maximum(right - left - length, 1)
 
-# %% ../nbs/system/localization.ipynb #7a278589
+# %% ../nbs/system/localization.ipynb #0f5c04fe
 def smooth(values, width=3):
     "The moving average of `values` `[S, C]` over `width` steps; at the ends over what there is."
     kernel = np.ones(width)
@@ -102,7 +101,7 @@ def _not_within(kept, segments):
         if all(min(b, segments[j, 1]) - max(a, segments[j, 0]) < (b - a)/2 for j in chosen): chosen.append(i)
     return chosen
 
-# %% ../nbs/system/localization.ipynb #a186363d
+# %% ../nbs/system/localization.ipynb #0907e3ce
 def srt_time(seconds):
     "A time as subtitles have it: `00:01:02,345`."
     ms = int(round(seconds*1000))
@@ -113,11 +112,14 @@ def srt_text(rows):
     rows = sorted(rows, key=lambda r: r["segment"])
     return "\n".join(f"{i}\n{srt_time(r['segment'][0])} --> {srt_time(r['segment'][1])}\n{r['label']} ({r['score']:.2f})\n" for i, r in enumerate(rows, 1))
 
-def write_results(folder, name, rows, duration, details=""):
-    "Write `rows` (dicts of `label` str, `score`, `segment`) of the film `name` as NAME.json, NAME.csv and NAME.srt: their paths. `details`: what foreign data the rows rest on, for the JSON."
+def write_results(folder, name, rows, duration, details="", everything=None):
+    """Write `rows` (dicts of `label` str, `score`, `segment`) of the film `name` as NAME.json, NAME.csv and NAME.srt: their paths.
+
+    `details`: what foreign data the rows rest on, for the JSON. `everything`: what the JSON holds in place of `rows`, for evaluations, which want the doubtful ones too.
+    """
     folder = Path(folder)
     paths = [folder/f"{name}.{kind}" for kind in ("json", "csv", "srt")]
-    write_json(paths[0], {"version": "VERSION 1.3", "results": {name: rows}, "external_data": {"used": True, "details": details}, "duration": duration})
+    write_json(paths[0], {"version": "VERSION 1.3", "results": {name: rows if everything is None else everything}, "external_data": {"used": True, "details": details}, "duration": duration})
     table = io.StringIO()
     lines = csv.writer(table, lineterminator="\n")
     lines.writerows([("start", "end", "label", "score"), *((f"{r['segment'][0]:.3f}", f"{r['segment'][1]:.3f}", r["label"], f"{r['score']:.4f}") for r in rows)])
@@ -125,33 +127,43 @@ def write_results(folder, name, rows, duration, details=""):
     write_text(paths[2], srt_text(rows))
     return paths
 
-# %% ../nbs/system/localization.ipynb #79e9ea0e
-def timeline_figure(path, steps, rows, names, most=5, n=10):
-    """A film on a timeline: `n` frames of it, the scores of the `most` likeliest classes over time, the segments in the classes' colours. Returns the Figure.
+# %% ../nbs/system/localization.ipynb #f913a737
+def timeline_figure(path, curves, rows, duration, n=10, label="probability"):
+    """A film on a timeline: `n` frames of it, curves over time, the segments in the colours of their classes. Returns the Figure.
 
-    `steps`: of `score_steps`. `rows`: dicts of `label` (a name), `score`, `segment`.
+    `curves`: name -> (seconds `[S]`, values 0..1 `[S]`), in the colour of the class where it is one. `rows`: dicts of `label` (a name), `score`, `segment`. `label`: of the curves' axis.
     """
     from paddlevideo_nb.plots import COLORS, film_strip, new_figure, quiet
-    video, p = Video(path), steps["probabilities"]
+    video = Video(path)
     places = np.linspace(0, len(video) - 1, min(n, len(video))).round().astype(int)
-    likely = list(dict.fromkeys([r["label"] for r in rows] + [names[c] for c in np.argsort(-p.max(0))[:most]]))[:max(most, len({r["label"] for r in rows}))]
-    middle, colors = (steps["start"] + steps["end"])/2, {label: COLORS[i % len(COLORS)] for i, label in enumerate(likely)}
+    classes = list(dict.fromkeys(r["label"] for r in rows))
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(classes + [name for name in curves if name not in classes])}
     with quiet():
         fig = new_figure(9, 4.6)
-        top, curves, bars = fig.subplots(3, height_ratios=(1.2, 1.6, .9))
+        top, middle, bars = fig.subplots(3, height_ratios=(1.2, 1.6, .9))
         film_strip(top, video.read(places), len(places), video.timestamps[places])
-        for label in likely: curves.plot(middle, p[:, names.index(label)], color=colors[label], label=label)
-        curves.set(ylim=(0, 1.03), xlim=(0, steps["duration"]), ylabel="probability")
+        for name, (seconds, values) in curves.items(): middle.plot(seconds, values, color=colors[name], label=name)
+        middle.set(ylim=(0, 1.03), xlim=(0, duration), ylabel=label)
+        for name in classes:
+            if name not in curves: bars.plot([], [], color=colors[name], lw=6, alpha=.85, label=name)
         for r in rows:
             a, b = r["segment"]
             bars.barh(0, b - a, left=a, color=colors[r["label"]], alpha=.85)
-            if b - a > .1*steps["duration"]: bars.annotate(f"{r['label']}\n{r['score']:.2f}", ((a + b)/2, 0), ha="center", va="center", fontsize=8)
-        bars.set(yticks=[], xlim=(0, steps["duration"]), xlabel="time (s)", ylim=(-.5, .5), ylabel="found")
-        fig.legend(*curves.get_legend_handles_labels(), loc="outside right upper")
+            if b - a > .1*duration: bars.annotate(f"{r['label']}\n{r['score']:.2f}", ((a + b)/2, 0), ha="center", va="center", fontsize=8)
+        bars.set(yticks=[], xlim=(0, duration), xlabel="time (s)", ylim=(-.5, .5), ylabel="found")
+        handles = [h for ax in (middle, bars) for h in zip(*ax.get_legend_handles_labels(), strict=True)]
+        if handles: fig.legend(*zip(*handles, strict=True), loc="outside right upper")
     return fig
 
-# %% ../nbs/system/localization.ipynb #08d1d9d9
-def _kept_steps(path, key, compute):
+
+def likely_curves(steps, rows, names, most=5):
+    "Curves for `timeline_figure` of `score_steps`' probabilities: of the classes of `rows`, then of the likeliest, `most` in all or as many as `rows` has."
+    p, found = steps["probabilities"], [r["label"] for r in rows]
+    likely = list(dict.fromkeys(found + [names[c] for c in np.argsort(-p.max(0))[:most]]))[:max(most, len(set(found)))]
+    return {name: ((steps["start"] + steps["end"])/2, p[:, names.index(name)]) for name in likely}
+
+# %% ../nbs/system/localization.ipynb #bbc251d0
+def kept_steps(path, key, compute):
     "The dict of arrays in the file `path`, if it was made for `key`; else of `compute()`, which is then written there."
     if path.is_file():
         try:
@@ -166,7 +178,7 @@ def _key(film, network, fps):
     from paddlevideo_nb.zoo import network_digest
     return f"{digest_of_file(film)} {network_digest(network)} {fps}"
 
-# %% ../nbs/system/localization.ipynb #114902f0
+# %% ../nbs/system/localization.ipynb #3d4b101f
 def localize(film, folder, weights="kinetics400", fps=25.0, threshold=.3, overlap=.3, labels=None, progress=True):
     """Named segments of a video file by I3D's scores alone: (rows, paths). Writes NAME.json, .csv, .srt, .png and NAME_steps.npz into `folder`.
 
@@ -180,36 +192,8 @@ def localize(film, folder, weights="kinetics400", fps=25.0, threshold=.3, overla
     task, network = get_task("i3d"), create_model("I3D", weights=weights)
     names = class_names(label_list(task.config, labels), task.config.MODEL.num_classes)
     folder.mkdir(parents=True, exist_ok=True)
-    steps = _kept_steps(folder/f"{film.stem}_steps.npz", _key(film, network, fps), lambda: score_steps(task, network, film, fps, progress))
+    steps = kept_steps(folder/f"{film.stem}_steps.npz", _key(film, network, fps), lambda: score_steps(task, network, film, fps, progress))
     rows = [{**r, "label": names[r["label"]]} for r in actionness_segments(steps["start"], steps["end"], steps["probabilities"], threshold, overlap)]
     paths = write_results(folder, film.stem, rows, steps["duration"], f"I3D, weights {Path(weights).name}")
-    save_figure(timeline_figure(film, steps, rows, names), folder/f"{film.stem}.png")
+    save_figure(timeline_figure(film, likely_curves(steps, rows, names), rows, steps["duration"]), folder/f"{film.stem}.png")
     return rows, [*paths, folder/f"{film.stem}.png"]
-
-# %% ../nbs/system/localization.ipynb #8620dfcc
-def localize_command(argv):
-    "`pvnb localize VIDEO ... [--proposals actionness] [--out DIR]`. Returns the exit status 0."
-    from paddlevideo_nb.runs import choose_device
-    p = argparse.ArgumentParser(prog="pvnb localize", description="Say what happens when in untrimmed videos: named segments as JSON (ActivityNet form), CSV, SRT subtitles and a picture.")
-    p.add_argument("videos", nargs="+", metavar="VIDEO")
-    p.add_argument("--proposals", default="actionness", choices=["actionness"], help="how segments are found; actionness: where a class's score stands out, nothing is trained")
-    p.add_argument("--weights", default="kinetics400", help="of I3D: a file, or the name of a data set (default kinetics400, fetched on first use)")
-    p.add_argument("--labels", help="label list; default: Kinetics-400's")
-    p.add_argument("--fps", type=float, default=25.0, help="frames a second to look at (default 25)")
-    p.add_argument("--threshold", type=float, default=.3, help="least score of a segment, 0 to 1 (default 0.3)")
-    p.add_argument("--overlap", type=float, default=.3, help="largest tIoU of two segments (default 0.3)")
-    p.add_argument("--out", default="data/localize_results", help="folder for the results")
-    args = p.parse_args(argv)
-    for name in ("threshold", "overlap"):
-        if not 0 <= getattr(args, name) <= 1: raise PvnbError(f"{name} is {getattr(args, name)}, expected 0 to 1")
-    choose_device()
-    stems = [Path(v).stem for v in args.videos]
-    if again := next((v for v in args.videos if stems.count(Path(v).stem) > 1), None): raise PvnbError(f"{again} shares its name with another video: their results would overwrite each other; give two --out folders")
-    for video in args.videos: existing_file(video, "video")
-    for video in args.videos:
-        rows, paths = localize(video, args.out, args.weights, args.fps, args.threshold, args.overlap, args.labels)
-        print(video)
-        for r in sorted(rows, key=lambda r: r["segment"]): print(f"  {r['segment'][0]:8.2f} s to {r['segment'][1]:8.2f} s  {r['score']:.2f}  {r['label']}")
-        if not rows: print("  nothing stands out; --threshold lowers the bar")
-        print("  written to", ", ".join(map(str, paths)))
-    return 0
