@@ -102,6 +102,7 @@ def _write_rows(read, kind, films, out, progress):
         write_json(out/"films.json", notes)
     return {name: notes[name]["duration"] for name in films}
 
+# %% ../nbs/system/segments.ipynb #a1b2c3d4
 def write_segment_data(films, table, out, features="motion", weights=None, every=5, progress=True):
     """Make a data set of the ActivityNet form in the folder `out`: `annotations.json`, `features/NAME.npy`, `labels.txt`; a Counter of what was found and mended.
 
