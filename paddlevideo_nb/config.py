@@ -49,6 +49,8 @@ class Section(dict):
         if key not in self: raise PvnbError(f"no key {key!r} in this section{nearest(key, self)}")
         return self[key]
 
+    def __setattr__(self, key, value): self[key] = value
+
 class Config(dict):
     "Sections by attribute: `config.MODEL.num_classes`. `source` is the file it was read from."
     source = "configuration"
@@ -62,6 +64,10 @@ class Config(dict):
         new = Config({k: Section(copy.deepcopy(dict(v), memo)) for k, v in self.items()})
         new.source = self.source
         return new
+
+    def text(self):
+        "The configuration as YAML, for `load_config`."
+        return yaml.safe_dump({k: dict(v) for k, v in self.items()}, sort_keys=False)
 
     def value(self, mode, key, default=None):
         "The value for a mode (train, valid, test, infer): from its section, else from MODEL, else `default`."
@@ -78,7 +84,14 @@ ADDED_KEYS = {
               "multi_scale": (False, "multi-scale crop in training, as TSM's reader does"),
               "hidden_sizes": ([1024, 4096], "widths of the layers between pooled features and labels: Attention Cluster and Attention LSTM"),
               "inner_sizes": ([1024, 128], "widths of rgb and sound inside NeXtVLAD, fixed in the original"),
+              "dict_size": (4000, "words of ETS; default: as many as its dictionary has"),
+              "encoder": ("gru", "what ETS makes of the frames: gru, or mean, a baseline without time"),
+              "attention": ("linear", "how ETS weighs frames: linear as in the original, tanh as in the paper"),
+              "rate": (5.0, "rows of features a second"),
               "blocks": ([3, 4, 6, 3], "residual blocks in each stage of C-TCN, fixed in the original")},
+    "TRAIN": {"lambda_regression": (0.01, "weight of TALL's regression loss, fixed in the original"), "lr_decay_iter": (0, "TALL: updates until the rate falls, 0 for never, as in the original"),
+              "learning_rate_decay": (0.1, "TALL: by how much it falls"),
+              "learning_rate": (1.0, "factor on the Noam schedule of ETS"), "warmup": (1000, "updates until the Noam schedule turns")},
     "NONLOCAL": {"affinity": ("embedded_gaussian", "how two places are compared: embedded_gaussian, gaussian, dot_product or concatenation")},
     "*": {"fix_random_seed": (False, "one fixed seed for everything"), "num_trainers": (1, "processes that share the data"),
           "trainer_id": (0, "the number of this process"), "use_dali": (False, "decode with DALI"),

@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'OPTIONS', 'Progress', 'evaluate', 'run_through', 'reader_processes', 'write_confusion', 'evaluate_together',
            'evaluate_command']
 
-# %% ../nbs/system/evaluation.ipynb #4c266c67
+# %% ../nbs/system/evaluation.ipynb #770e7889
 import csv
 import hashlib
 import io
@@ -20,13 +20,15 @@ import numpy as np
 from .core import PvnbError, atomic_path, import_paddle, write_json, write_text
 from .datasets.kinetics import class_names
 from .datasets.loader import make_loader
+from .distributed import INPUTS, exchange, join, launch, launched, lost_processes_told, my_batches, rank_and_size
+from .export import FAST_OPTIONS, fast
 from .runs import choose_device, label_list, run_arguments
 from .tasks import get_task
 
 paddle = import_paddle()
 from tqdm import tqdm
 
-# %% ../nbs/system/evaluation.ipynb #437b6a5a
+# %% ../nbs/system/evaluation.ipynb #04480854
 class Progress:
     """How far an evaluation has come, kept in the .npz file `path` (None: nowhere). `key`: text that must agree for a run to go on from it.
 
@@ -46,7 +48,7 @@ class Progress:
             raise PvnbError(f"{self.path} is no progress of an evaluation ({e}): remove it to start again") from None
 
     def save(self, metric, batches, skipped):
-        if not self.path or time.monotonic() - self.last < self.seconds: return
+        if not self.path or rank_and_size()[0] or time.monotonic() - self.last < self.seconds: return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         about = json.dumps({"key": self.key, "batches": batches, "skipped": skipped})
         with atomic_path(self.path) as tmp, open(tmp, "wb") as file: np.savez(file, about=np.array(about), **metric.state())
@@ -55,7 +57,7 @@ class Progress:
     def done(self):
         if self.path: self.path.unlink(missing_ok=True)
 
-# %% ../nbs/system/evaluation.ipynb #36fb1bdb
+# %% ../nbs/system/evaluation.ipynb #cfdf4d44
 def evaluate(task, network, data=None, mode="test", batch_size=None, workers=0, progress=True, keep=None):
     """The task's metrics over a data set: a dict of floats, with `skipped`, the number of unreadable samples, where there were any.
 
@@ -74,13 +76,11 @@ def run_through(task, network, metric, data=None, mode="test", batch_size=None, 
     total = -(-len(data)//batch_size)
     if done: print(f"{task.name}: goes on behind batch {done} of {total}", file=sys.stderr)
     network.eval()
-    loader = make_loader(data, batch_size, workers=workers, skip_batches=done) if done < total else ()
+    results = exchange(_outputs(task, network, data, mode, batch_size, workers, done), total - done)
     with paddle.no_grad():
-        for batch in tqdm(loader, desc=f"{task.name} {mode}", unit="batch", disable=not progress, leave=False, initial=done, total=total):
-            skipped += batch.pop("skipped", [])
-            if batch:
-                outputs = task.forward(network, batch, mode)
-                metric.update({**outputs, "loss": task.loss(outputs, batch)}, batch)
+        for messages, outputs, batch in tqdm(results, desc=f"{task.name} {mode}", unit="batch", disable=not progress or rank_and_size()[0] > 0, leave=False, initial=done, total=total):
+            skipped += messages
+            if outputs: metric.update(outputs, batch)
             done += 1
             keep.save(metric, done, skipped)
     if was_training: network.train()
@@ -90,18 +90,30 @@ def run_through(task, network, metric, data=None, mode="test", batch_size=None, 
     metric.result = {**metric.compute(), **({"skipped": len(skipped)} if skipped else {})}
     keep.done()
 
-# %% ../nbs/system/evaluation.ipynb #dcc0fd82
+def _outputs(task, network, data, mode, batch_size, workers, done):
+    "For each batch of this process behind the first `done` of all: (messages of skipped samples, outputs with the loss, the batch; in a job of several processes without what no metric looks at)."
+    mine = my_batches(data, batch_size, done)
+    for batch in make_loader(mine, batch_size, workers=workers) if len(mine) else ():
+        messages, outputs = batch.pop("skipped", []), {}
+        if batch:
+            outputs = task.forward(network, batch, mode)
+            outputs = {**outputs, "loss": task.loss(outputs, batch)}
+        yield messages, outputs, batch if rank_and_size()[1] == 1 else {k: v for k, v in batch.items() if k not in INPUTS}
+
+
+# %% ../nbs/system/evaluation.ipynb #1a48cada
 OPTIONS = {
     "!batch_size": (int, None, "samples a batch"), "!filelist": (str, None, "list file, in place of TEST.filelist"),
     "weights": (str, None, "checkpoint, new or legacy; default: the published file, downloaded"), "use_gpu": (bool, None, "True or False; default: a GPU where there is one"),
     "save_dir": (str, "data/evaluate_results", "folder of <MODEL>_metrics.json"), "log_interval": (int, 1, "kept from 2019; the progress bar shows every batch"),
     "workers": (int, None, "processes that decode; default: TEST.num_reader_threads, at most the cores"),
-    "labels": (str, None, "label list; default: INFER.kinetics_labels where that file is"),
+    "labels": (str, None, "label list; default: INFER.kinetics_labels where that file is"), "nproc": (int, 1, "processes to share the work on this machine"), **FAST_OPTIONS,
 }
 
 def reader_processes(task, mode, asked=None):
     "How many decoding processes to start: what was asked for, else `num_reader_threads` of the configuration but no more than there are cores."
     from paddlevideo_nb.core import cpu_count
+    if task.config.value(mode, "use_dali", False): return 0  # DALI has threads of its own
     return asked if asked is not None else min(int(task.config.value(mode, "num_reader_threads", 0)), cpu_count())
 
 def write_confusion(confusion, folder, model, names=None):
@@ -120,12 +132,12 @@ def write_confusion(confusion, folder, model, names=None):
     return paths
 
 def _key(network, config, data, batch_size):
-    "What must agree for an evaluation to go on: network, configuration, list of samples, batches."
+    "What must agree for an evaluation to go on: network, its precision, configuration, list of samples, batches."
     from paddlevideo_nb.zoo import network_digest
-    items = json.dumps([network_digest(network), config, [str(item) for item in getattr(data, "items", ())], len(data), batch_size], sort_keys=True, default=str)
+    items = json.dumps([network_digest(network), getattr(network, "precision", "fp32"), config, [str(item) for item in getattr(data, "items", ())], len(data), batch_size], sort_keys=True, default=str)
     return hashlib.sha256(items.encode()).hexdigest()
 
-# %% ../nbs/system/evaluation.ipynb #b44b4a83
+# %% ../nbs/system/evaluation.ipynb #a76883af
 def evaluate_together(members, data=None, mode="test", batch_size=None, progress=True):
     """Metrics, as of `evaluate`, of the mean probabilities of several networks: `members` are (task, network) pairs, the first task's metric judges.
 
@@ -156,15 +168,15 @@ def _mean_probabilities(members, batches, mode):
     if len({p.shape for p in given}) > 1: raise PvnbError("probabilities differ in shape: " + ", ".join(f"{task.name} {list(p.shape)}" for (task, _), p in zip(members, given, strict=True)))
     return np.mean(given, 0)
 
-# %% ../nbs/system/evaluation.ipynb #d27edecd
+# %% ../nbs/system/evaluation.ipynb #df1d09f2
 def _member(argv):
     "(arguments, task, network with its weights) of one model's words."
     from paddlevideo_nb.pretrained import weights_of
     from paddlevideo_nb.zoo import load_weights
     args, config = run_arguments("eval", argv, OPTIONS, ("TEST",))
-    choose_device(args.use_gpu)
+    join(choose_device(args.use_gpu))
     task = get_task(config)
-    return args, task, load_weights(task.network(), weights_of(task.name, args.weights))
+    return args, task, fast(load_weights(task.network(), weights_of(task.name, args.weights)), args.precision, args.dynamic)
 
 def _print_metrics(figures, about, path):
     for name, value in figures.items(): print(f"{name:11} {value:.4f}" if isinstance(value, float) else f"{name:11} {value}")
@@ -180,21 +192,25 @@ def _evaluate_several(words):
     _print_metrics(figures, about, Path(members[0][0].save_dir)/f"{name}_metrics.json")
     return 0
 
-# %% ../nbs/system/evaluation.ipynb #5cca33c3
+# %% ../nbs/system/evaluation.ipynb #9c0a9f04
 def evaluate_command(argv):
     """`pvnb eval MODEL [--config C] [--weights F] [key=value ...]`: prints the metrics and writes them as JSON, for classifiers also accuracy by class and the confusion matrix.
 
-    Several models, with ` + ` between them, each with words of its own: the metrics of their mean probabilities. Interrupted, one model goes on when called again. Returns 0."""
+    Several models, with ` + ` between them, each with words of its own: the metrics of their mean probabilities. Interrupted, one model goes on when called again. `--nproc N`: N processes share the work. Returns 0."""
     if "+" in argv:
+        if any(word.lstrip("-").startswith("nproc") for word in argv): raise PvnbError("nproc shares the work of one model, not of several with + between them")
         cuts = [-1, *(i for i, word in enumerate(argv) if word == "+"), len(argv)]
         return _evaluate_several([argv[a + 1:b] for a, b in itertools.pairwise(cuts)])
+    nproc = run_arguments("eval", argv, OPTIONS, ("TEST",))[0].nproc
+    if nproc > 1 and not launched(): return launch("evaluate", nproc, argv)
     args, task, network = _member(argv)
     config = task.config
     data, metric, folder = task.dataset("test"), task.metric("test"), Path(args.save_dir)
     labels = label_list(config, args.labels)
     names = class_names(labels, config.MODEL.num_classes) if labels else None  # a wrong list is told before the work, not after
     keep = Progress(folder/f"{task.name}_progress.npz", _key(network, config, data, task.batch_size("test"))) if hasattr(metric, "state") else None
-    run_through(task, network, metric, data, workers=reader_processes(task, "test", args.workers), keep=keep)
+    with lost_processes_told(): run_through(task, network, metric, data, workers=reader_processes(task, "test", args.workers), keep=keep)
+    if rank_and_size()[0]: return 0  # the first process tells and writes
     _print_metrics(metric.result, {"model": task.name, "config": config.source, "weights": args.weights}, folder/f"{task.name}_metrics.json")
     if getattr(metric, "confusion", None) is not None: _report_classes(metric.confusion, folder, task.name, names)
     return 0
@@ -209,7 +225,7 @@ def _report_classes(confusion, folder, model, names):
     for true, answer, count in worst_confusions(confusion, names, 3): print(f"  {true} taken for {answer}: {count}")
     print("by class:", *write_confusion(confusion, folder, model, names))
 
-# %% ../nbs/system/evaluation.ipynb #5bbc664e
+# %% ../nbs/system/evaluation.ipynb #8a3a400b
 if __name__ == "__main__" and "__file__" in globals():
     from paddlevideo_nb.cli import main
     raise SystemExit(main(["eval", *sys.argv[1:]]))

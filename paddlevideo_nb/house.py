@@ -53,8 +53,8 @@ def imports(package=None):
 
 # %% ../nbs/system/house.ipynb #56b9579f
 FLOORS = (  # from the ground up; a name stands for a module or for a folder of modules
-    ("core", "config", "video", "sound", "transforms", "datasets", "metrics", "plots"), ("layers",), ("models",), ("tasks", "label_tasks", "proposal_tasks", "bmn_tasks", "bsn_tasks", "ctcn_tasks", "pretrained_tasks", "zoo", "runs", "pretrained", "processing"),
-    ("train", "evaluate", "predict", "localize", "segments", "localizers", "records", "bsn_stages", "export", "parity", "insight"), ("reproduce", "cli", "house"))
+    ("core", "config", "video", "sound", "transforms", "datasets", "metrics", "plots"), ("layers",), ("models",), ("sentences", "tasks", "label_tasks", "proposal_tasks", "bmn_tasks", "bsn_tasks", "ctcn_tasks", "ets_tasks", "tall_tasks", "pretrained_tasks", "zoo", "runs", "pretrained", "processing"),
+    ("train", "evaluate", "predict", "localize", "segments", "localizers", "records", "bsn_stages", "export", "distributed", "forms", "captioners", "grounders", "parity", "insight"), ("reproduce", "bench", "cli", "house"))
 WALLS = (("models", "datasets"), ("models", "video"), ("models", "transforms"), ("metrics", "datasets"), ("metrics", "video"), ("models", "models"))
 
 def floor(module):

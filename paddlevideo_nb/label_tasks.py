@@ -59,6 +59,8 @@ class AttentionClusterTask(LabelTask):
 
 class AttentionLSTMTask(LabelTask):
     "Attention LSTM: all frames, centred RMSProp with decay; its loss is the sum over the batch, times the number of cards."
+    reduction = "sum"
+
     def network(self):
         m = self.config.MODEL
         return AttentionLSTM(m.num_classes, m.feature_dims, m.embedding_size, m.lstm_size, m.drop_rate, m.get("hidden_sizes", (8192, 4096)))

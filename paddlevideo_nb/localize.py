@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'STEP', 'WINDOW', 'LEVELS', 'score_steps', 'islands', 'contrast', 'smooth', 'actionness_segments',
            'srt_time', 'srt_text', 'write_results', 'timeline_figure', 'likely_curves', 'kept_steps', 'localize']
 
-# %% ../nbs/system/localization.ipynb #5a754036
+# %% ../nbs/system/localization.ipynb #2ab7f8ca
 import csv
 import io
 from pathlib import Path
@@ -13,20 +13,21 @@ import numpy as np
 from tqdm import tqdm
 
 from .core import PvnbError, atomic_path, existing_file, import_paddle, write_json, write_text
+from .export import fast
 from .metrics.temporal import as_segments, hard_nms
-from .predict import digest_of_file, read_windows
+from .predict import ahead, digest_of_file, read_windows
 from .video import Video, shown_frames
 
 paddle = import_paddle()
 
-# %% ../nbs/system/localization.ipynb #e0714bb5
+# %% ../nbs/system/localization.ipynb #3f98d5d3
 STEP, WINDOW = 8, 64  # frames between two rows of scores; frames that I3D sees at once
 
-# %% ../nbs/system/localization.ipynb #8d4c31b3
+# %% ../nbs/system/localization.ipynb #19ca69fa
 def score_steps(task, network, path, fps=25.0, progress=True):
     """Scores of a film over time: dict of `start`, `end` (seconds, `[S]`), `probabilities` float32 `[S, num_classes]`, `features` float32 `[S, 1024]`, a row for each 8 frames shown at `fps`.
 
-    `task`, `network`: I3D's. Memory holds one window of 64 frames. Raises `VideoError` for a file that cannot be read.
+    `task`, `network`: I3D's. Memory holds three windows of 64 frames at most. Raises `VideoError` for a file that cannot be read.
     """
     video = Video(path)
     shown, times = shown_frames(video.timestamps, fps), video.timestamps
@@ -36,8 +37,9 @@ def score_steps(task, network, path, fps=25.0, progress=True):
     features, logits = [], []
     network.eval()
     with paddle.no_grad():
-        for frames in tqdm(read_windows(video, windows, task.shrink), desc=Path(path).name, unit="window", total=len(windows), disable=not progress, leave=False):
-            pooled = network.pooled(network.maps(paddle.to_tensor(task.prepare(frames)[0][None])))  # [1, 7, 1024]
+        clips = (task.prepare(frames)[0][None] for frames in read_windows(video, windows, task.shrink))
+        for clip in tqdm(ahead(clips), desc=Path(path).name, unit="window", total=len(windows), disable=not progress, leave=False):
+            pooled = network.pooled(network.maps(paddle.to_tensor(clip)))  # [1, 7, 1024]
             features.append(pooled[0].numpy())
             logits.append(paddle.nn.functional.softmax(network.logits(pooled))[0].numpy())
     end = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0)
@@ -46,7 +48,7 @@ def score_steps(task, network, path, fps=25.0, progress=True):
     begin[0] = 0.0
     return {"start": begin, "end": last, "probabilities": np.concatenate(logits)[:count], "features": np.concatenate(features)[:count], "duration": float(end)}
 
-# %% ../nbs/system/localization.ipynb #85e0f9a2
+# %% ../nbs/system/localization.ipynb #dc4efd20
 LEVELS = np.round(np.arange(.05, .96, .05), 2)
 
 def islands(values, level, gap=1):
@@ -66,7 +68,7 @@ def contrast(values, runs, margin=.25):
     around = total[right] - total[left] - inside
     return inside/length - around/np.maximum(right - left - length, 1)
 
-# %% ../nbs/system/localization.ipynb #0f5c04fe
+# %% ../nbs/system/localization.ipynb #7b5c3f36
 def smooth(values, width=3):
     "The moving average of `values` `[S, C]` over `width` steps; at the ends over what there is."
     kernel = np.ones(width)
@@ -101,7 +103,7 @@ def _not_within(kept, segments):
         if all(min(b, segments[j, 1]) - max(a, segments[j, 0]) < (b - a)/2 for j in chosen): chosen.append(i)
     return chosen
 
-# %% ../nbs/system/localization.ipynb #0907e3ce
+# %% ../nbs/system/localization.ipynb #c6370a29
 def srt_time(seconds):
     "A time as subtitles have it: `00:01:02,345`."
     ms = int(round(seconds*1000))
@@ -127,7 +129,7 @@ def write_results(folder, name, rows, duration, details="", everything=None):
     write_text(paths[2], srt_text(rows))
     return paths
 
-# %% ../nbs/system/localization.ipynb #f913a737
+# %% ../nbs/system/localization.ipynb #1323aa69
 def timeline_figure(path, curves, rows, duration, n=10, label="probability"):
     """A film on a timeline: `n` frames of it, curves over time, the segments in the colours of their classes. Returns the Figure.
 
@@ -162,7 +164,7 @@ def likely_curves(steps, rows, names, most=5):
     likely = list(dict.fromkeys(found + [names[c] for c in np.argsort(-p.max(0))[:most]]))[:max(most, len(set(found)))]
     return {name: ((steps["start"] + steps["end"])/2, p[:, names.index(name)]) for name in likely}
 
-# %% ../nbs/system/localization.ipynb #bbc251d0
+# %% ../nbs/system/localization.ipynb #42f70a43
 def kept_steps(path, key, compute):
     "The dict of arrays in the file `path`, if it was made for `key`; else of `compute()`, which is then written there."
     if path.is_file():
@@ -178,7 +180,7 @@ def _key(film, network, fps):
     from paddlevideo_nb.zoo import network_digest
     return f"{digest_of_file(film)} {network_digest(network)} {fps}"
 
-# %% ../nbs/system/localization.ipynb #3d4b101f
+# %% ../nbs/system/localization.ipynb #5a317743
 def localize(film, folder, weights="kinetics400", fps=25.0, threshold=.3, overlap=.3, labels=None, progress=True):
     """Named segments of a video file by I3D's scores alone: (rows, paths). Writes NAME.json, .csv, .srt, .png and NAME_steps.npz into `folder`.
 
@@ -189,7 +191,7 @@ def localize(film, folder, weights="kinetics400", fps=25.0, threshold=.3, overla
     from paddlevideo_nb.runs import label_list
     from paddlevideo_nb.tasks import create_model, get_task
     film, folder = existing_file(film, "video"), Path(folder)
-    task, network = get_task("i3d"), create_model("I3D", weights=weights)
+    task, network = get_task("i3d"), fast(create_model("I3D", weights=weights))
     names = class_names(label_list(task.config, labels), task.config.MODEL.num_classes)
     folder.mkdir(parents=True, exist_ok=True)
     steps = kept_steps(folder/f"{film.stem}_steps.npz", _key(film, network, fps), lambda: score_steps(task, network, film, fps, progress))

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import yaml
 from tqdm import tqdm
 
 from .bmn_tasks import proposals as bmn_proposals
@@ -170,13 +169,11 @@ def shown_rows(rows, threshold, overlap=.3):
     "Those of `rows` (best first) that a viewer wants: a score of at least `threshold`, a tIoU of at most `overlap` with a better one, and less than half within one."
     chosen = []
     for r in rows:
-        a, b = r["segment"]
+        (a, b), best = r["segment"], [o["segment"] for o in chosen]
         if r["score"] < threshold: break
-        def hides(other):
-            c, d = other["segment"]
-            inter = max(min(b, d) - max(a, c), 0)
-            return inter > .5*(b - a) or inter > overlap*(max(b, d) - min(a, c))
-        if b > a and not any(map(hides, chosen)): chosen.append(r)
+        inter = [max(min(b, d) - max(a, c), 0) for c, d in best]
+        hidden = any(i > .5*(b - a) or i > overlap*(max(b, d) - min(a, c)) for i, (c, d) in zip(inter, best, strict=True))
+        if b > a and not hidden: chosen.append(r)
     return chosen
 
 # %% ../nbs/system/localizers.ipynb #d010e30f
@@ -256,7 +253,7 @@ def save_localizer(localizer, folder):
     if Path(folder).exists(): raise PvnbError(f"{folder} exists; name a new folder for the localizer")
     def write(part):
         for task, network in zip(localizer.tasks, localizer.networks, strict=True):
-            write_text(part/f"{task.name}.yaml", yaml.safe_dump({k: dict(v) for k, v in task.config.items()}, sort_keys=False))
+            write_text(part/f"{task.name}.yaml", task.config.text())
             save_weights(part/f"{task.name}.safetensors", {k: v.numpy() for k, v in network.state_dict().items()})
         c = localizer.classifier
         save_weights(part/"classifier.safetensors", {k: np.asarray(getattr(c, k), np.float64) for k in ("mean", "deviation", "weight", "bias")})
@@ -274,7 +271,7 @@ def load_localizer(folder):
     return Localizer(about["proposals"], about["features"], about["labels"], about["rows"], tasks, networks, classifier, about["threshold"], about["calibration"], about.get("validation"))
 
 # %% ../nbs/system/localizers.ipynb #64954607
-VERSION = 1
+VERSION = 2
 
 def theatre_localizer(proposals="BMN", progress=True):
     "The `Localizer` of the untrimmed digit theatre, learnt on first use (about a minute), then kept in the data folder."
@@ -309,6 +306,7 @@ def clip_classifier(model, config=None, weights=None, labels=None, most=20):
 
     `model`: I3D, TSN, TSM ...; `config`: by default the published one; `weights`: a file, or the name of a data set, by default what was published; `labels`: a label list.
     """
+    from paddlevideo_nb.export import fast
     from paddlevideo_nb.pretrained import weights_of
     from paddlevideo_nb.runs import label_list
     from paddlevideo_nb.tasks import find_model, published_config
@@ -317,6 +315,7 @@ def clip_classifier(model, config=None, weights=None, labels=None, most=20):
     if not hasattr(task, "snippet"): raise PvnbError(f"{name} does not classify clips: choose I3D, TSN, TSM, StNet, Non-local or EfficientNetLite0")
     network = load_weights(task.network(), weights_of(name, weights))
     network.eval()
+    network = fast(network)
     names = class_names(label_list(task.config, labels), task.config.MODEL.num_classes)
     @paddle.no_grad()
     def classify(film, segments, steps):
@@ -350,6 +349,7 @@ def _parser():
     p.add_argument("--out", default="data/localize_results", help="folder for the results")
     p.add_argument("--learn", metavar="DATA", help="first learn a localizer (BMN or BSN) from this folder, as pvnb data segments writes it, and keep it in --localizer")
     p.add_argument("--seed", type=int, default=0, help="of --learn (default 0)")
+    p.add_argument("--query", help="a sentence: find the moment that it speaks of, in place of segments (TALL of the digit theatre, learnt on first use)")
     return p
 
 def _check(args):
@@ -357,6 +357,9 @@ def _check(args):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1: raise PvnbError(f"{name} is {value}, expected 0 to 1")
     if not args.videos and not args.learn: raise PvnbError("pvnb localize: which video?")
+    if args.query is not None:
+        if not args.query.strip(): raise PvnbError("--query is empty, expected a sentence")
+        if args.proposals != "actionness" or args.learn or args.localizer: raise PvnbError("--query asks TALL, which takes no --proposals, --localizer or --learn")
     if args.proposals == "actionness":
         for name in ("learn", "localizer", "classifier", "features"):
             if getattr(args, name): raise PvnbError(f"--{name} goes with --proposals BMN or BSN")
@@ -385,11 +388,21 @@ def _learnt(args):
         raise PvnbError(f"{args.localizer or 'the localizer of the digit theatre'} was trained on {localizer.features} features, not on {args.features}: learn one with --learn")
     return localizer
 
+# %% ../nbs/system/localizers.ipynb #f83c3dc6
 def _tell(video, rows, paths):
     print(video)
     for r in sorted(rows, key=lambda r: r["segment"]): print(f"  {r['segment'][0]:8.2f} s to {r['segment'][1]:8.2f} s  {r['score']:.2f}  {r['label']}")
     if not rows: print("  nothing stands out; --threshold lowers the bar")
     print("  written to", ", ".join(map(str, paths)))
+
+def _ask(args):
+    from paddlevideo_nb.grounders import ask_film, theatre_grounder
+    grounder = theatre_grounder()
+    for video in args.videos:
+        found, paths = ask_film(video, args.query, args.out, grounder)
+        print(f"{video}: {args.query}")
+        for r in found: print(f"  {r['segment'][0]:8.2f} s to {r['segment'][1]:8.2f} s  {r['score']:.2f}")
+        print("  written to", ", ".join(map(str, paths)))
 
 def localize_command(argv):
     "`pvnb localize VIDEO ... [--proposals actionness|BMN|BSN] [--localizer FOLDER] [--classifier MODEL] [--learn DATA] [--out DIR]`. Returns the exit status 0."
@@ -397,6 +410,9 @@ def localize_command(argv):
     args = _parser().parse_args(argv)
     _check(args)
     choose_device()
+    if args.query is not None:
+        _ask(args)
+        return 0
     if args.proposals == "actionness":
         for video in args.videos: _tell(video, *localize(video, args.out, args.weights or "kinetics400", args.fps, .3 if args.threshold is None else args.threshold, args.overlap, args.labels))
         return 0

@@ -2,16 +2,17 @@
 
 # %% auto #0
 __all__ = ['paddle', 'OPTIONS', 'EXTRACT_OPTIONS', 'VIDEO_SUFFIXES', 'predict', 'format_prediction', 'plot_prediction',
-           'predict_command', 'snippets', 'snippets_of', 'read_windows', 'extract', 'digest_of_file', 'write_features',
-           'has_features', 'extract_command']
+           'predict_command', 'snippets', 'snippets_of', 'read_windows', 'ahead', 'extract', 'digest_of_file',
+           'write_features', 'has_features', 'extract_command']
 
-# %% ../nbs/system/prediction.ipynb #79946042
+# %% ../nbs/system/prediction.ipynb #e30ecfdd
 import hashlib
 import itertools
 import json
 import math
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from .core import PvnbError, atomic_path, existing_file, import_paddle, write_json
 from .datasets.kinetics import class_names
 from .datasets.loader import make_loader
+from .export import FAST_OPTIONS, fast
 from .runs import choose_device, label_list, run_arguments
 from .sound import sound_rows
 from .tasks import get_task
@@ -28,7 +30,7 @@ from .zoo import network_digest
 paddle = import_paddle()
 from tqdm import tqdm
 
-# %% ../nbs/system/prediction.ipynb #80ab9648
+# %% ../nbs/system/prediction.ipynb #02bb284d
 def _at_least_one(**values):
     "Raise `PvnbError` for a count below 1; None stands for a default and passes."
     for name, value in values.items():
@@ -60,10 +62,10 @@ def _by_video(batches, views):
                 yield {"probabilities": (total/views).unsqueeze(0)}, {"name": [name]}
                 count = 0
 
-# %% ../nbs/system/prediction.ipynb #b40d950b
+# %% ../nbs/system/prediction.ipynb #cacb6d63
 def predict(task, network, video_path="", filelist=None, topk=20, names=None, batch_size=1, progress=True):
     """The `topk` best classes of each video: a list of dicts with `video`, `top`, a list of {class, name, score}, best first,
-    for detectors and proposals with `segment`, and for video files `frames` and `times` (seconds): what the network was shown.
+    for detectors and proposals with `segment`, for captions {name, score} and the `timestamp` of the line, and for video files `frames` and `times` (seconds): what the network was shown.
 
     One video (`video_path`) or those of a list file. `names`: a name per class. Never more than there are classes.
     Raises `VideoError` for a file that cannot be read, `PvnbError` for a `topk` or `batch_size` below 1.
@@ -79,10 +81,10 @@ def predict(task, network, video_path="", filelist=None, topk=20, names=None, ba
             found += task.predictions(outputs, batch, topk)
     if network_was: network.train()
     def row(p, i):
-        kind = {"class": p["classes"][i], "name": names[p["classes"][i]]} if "classes" in p else {"name": "proposal"}
+        kind = {"class": p["classes"][i], "name": names[p["classes"][i]]} if "classes" in p else {"name": p["sentences"][i] if "sentences" in p else "proposal"}
         return {**kind, "score": p["scores"][i], **({"segment": p["segments"][i]} if "segments" in p else {})}
     return [{"video": p["name"], "top": [row(p, i) for i in range(len(p["scores"]))],
-             **_seen(task, data, p["name"])} for p in found]
+             **({"timestamp": p["timestamp"]} if "timestamp" in p else {}), **_seen(task, data, p["name"])} for p in found]
 
 def format_prediction(prediction, width=30):
     "The prediction of one video as text with bars."
@@ -91,7 +93,7 @@ def format_prediction(prediction, width=30):
     lines = [f"{t['name']:{longest}} {t['score']:.3f} {'#' * round(width * t['score'])}".rstrip() + ("  {:.2f} to {:.2f}".format(*t["segment"]) if "segment" in t else "") for t in top]
     return "\n".join([prediction["video"], *(f"  {line}" for line in lines)])
 
-# %% ../nbs/system/prediction.ipynb #c1cccba5
+# %% ../nbs/system/prediction.ipynb #de6a682f
 def plot_prediction(task, network, prediction, path):
     """A figure of one prediction: what the network was given of the video `path`, under a map of what speaks for the best class, above the bars of the scores."""
     from paddlevideo_nb.insight import activation_map, over_time, overlay
@@ -104,13 +106,13 @@ def plot_prediction(task, network, prediction, path):
     return prediction_figure(overlay(pictures, maps[0]), [t["name"] for t in top], [t["score"] for t in top], video.timestamps[numbers],
                              title=Path(path).name, added=over_time(maps)[0])
 
-# %% ../nbs/system/prediction.ipynb #1e3e69f3
+# %% ../nbs/system/prediction.ipynb #d2e35ab5
 OPTIONS = {
     "weights": (str, None, "checkpoint, new or legacy, or the name of a data set for I3D (kinetics400) and EfficientNetLite0 (imagenet); default: the published file, downloaded"), "use_gpu": (bool, None, "True or False; default: a GPU where there is one"),
     "!batch_size": (int, None, "videos a batch"), "!filelist": (str, None, "list file of videos, in place of INFER.filelist"), "!video_path": (str, None, "one video, in place of a list"),
     "infer_topk": (int, 20, "classes to report"), "labels": (str, None, "label list; default: INFER.kinetics_labels where that file is"),
     "save_dir": (str, "data/predict_results", "folder of <MODEL>_predictions.json"), "log_interval": (int, 1, "kept from 2019; the progress bar shows every batch"),
-    "plot": (str, None, "PNG of the frames seen and the scores; with a list, one for each video"),
+    "plot": (str, None, "PNG of the frames seen and the scores; with a list, one for each video"), **FAST_OPTIONS,
 }
 
 def _prepared(program, argv, options):
@@ -118,11 +120,16 @@ def _prepared(program, argv, options):
     from paddlevideo_nb.pretrained import weights_of
     from paddlevideo_nb.zoo import load_weights
     args, config = run_arguments(program, argv, options, ("INFER",))
+    if config.MODEL.name == "ETS" and not args.filelist and config.INFER.get("video_path"):
+        from paddlevideo_nb.captioners import for_film
+        video = existing_file(config.INFER.video_path, "video")
+        config, args.weights = for_film(config, args.weights)
+        config.INFER.video_path = str(video)
     choose_device(args.use_gpu)
     task = get_task(config)
     network = load_weights(task.network(), weights_of(task.name, args.weights))
     network.eval()
-    return args, task, network
+    return args, task, fast(network, args.precision, args.dynamic)
 
 def _plot_name(path, found, number):
     "Where picture `number` goes: `path` for one film, for several with each one's stem, and its number where two films share a stem."
@@ -135,7 +142,7 @@ def _draw(task, network, prediction, film, target):
     from paddlevideo_nb.plots import save_figure
     print("  drawn to", save_figure(plot_prediction(task, network, {**prediction, "top": prediction["top"][:5]}, film), target))
 
-# %% ../nbs/system/prediction.ipynb #bbf6d234
+# %% ../nbs/system/prediction.ipynb #6b71da06
 def predict_command(argv):
     "`pvnb predict MODEL [--config C] [--weights F] --video_path V | --filelist L`: prints and writes the best classes. Returns 0."
     args, task, network = _prepared("predict", argv, OPTIONS)
@@ -155,7 +162,7 @@ def predict_command(argv):
     print(f"written to {path}")
     return 0
 
-# %% ../nbs/system/prediction.ipynb #d91fa824
+# %% ../nbs/system/prediction.ipynb #63740adc
 def snippets(timestamps, seconds):
     "First and last frame number (inclusive) of each snippet of `seconds`: int64 `[S, 2]`. The last may be shorter."
     which = np.floor(np.asarray(timestamps)/seconds + 1e-9).astype(np.int64)
@@ -171,7 +178,7 @@ def _check_length(seconds, stride):
     _at_least_one(stride=stride)
     if stride is None and not (seconds > 0 and math.isfinite(seconds)): raise PvnbError(f"snippet_seconds is {seconds}, expected a number of seconds above 0")
 
-# %% ../nbs/system/prediction.ipynb #e64886b5
+# %% ../nbs/system/prediction.ipynb #46d771c2
 def read_windows(video, windows, shrink=lambda frame: frame):
     """Yield the frames uint8 `[K, H, W, 3]` of each of `windows` (arrays of frame numbers, in the order of their beginnings) of a `Video`, each frame decoded once.
 
@@ -186,11 +193,21 @@ def read_windows(video, windows, shrink=lambda frame: frame):
         yield np.stack([kept[n] for n in numbers.tolist()])
         for n in [n for n in kept if last_use[n] <= i]: del kept[n]
 
-# %% ../nbs/system/prediction.ipynb #43ea4d2b
+# %% ../nbs/system/prediction.ipynb #180d8445
+def ahead(items):
+    "Yield what `items` yields, while a thread makes the next one. What `items` raises is raised here, in its turn."
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, source, end)
+            yield item
+
+# %% ../nbs/system/prediction.ipynb #d84fc40d
 def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, stride=None):
     """Features of one video, a snippet each `seconds`, or each `stride` frames where that is given: dict with `features` float32 `[S, D]`, `audio` float32 `[S, 128]` (mean log-mel spectrum, 0 without sound), `start` and `end` in seconds `[S]`, `frames` int64 `[S, 2]`, first and last of each snippet.
 
-    Memory holds one batch of snippets at a time. Raises `VideoError` for a file that cannot be read, `PvnbError` for lengths and sizes that are not above 0.
+    Memory holds three batches of snippets at most. Raises `VideoError` for a file that cannot be read, `PvnbError` for lengths and sizes that are not above 0.
     """
     _check_length(seconds, stride)
     _at_least_one(batch_size=batch_size)
@@ -199,18 +216,18 @@ def extract(task, network, path, seconds=1.0, batch_size=8, progress=True, strid
     times = video.timestamps
     spans = snippets(times, seconds) if stride is None else snippets_of(len(video), stride)
     windows = read_windows(video, [task.snippet(int(a), int(b), len(video)) for a, b in spans], task.shrink)
+    batches = (np.stack([task.prepare(frames)[0] for frames in itertools.islice(windows, batch_size)]) for _ in range(0, len(spans), batch_size))
     rows = []
     network.eval()
     with paddle.no_grad():
-        for _ in tqdm(range(0, len(spans), batch_size), desc=Path(path).name, unit="batch", disable=not progress, leave=False):
-            clips = [task.prepare(frames)[0] for frames in itertools.islice(windows, batch_size)]
-            rows.append(task.features(network, {"image": paddle.to_tensor(np.stack(clips))}).numpy())
+        for clips in tqdm(ahead(batches), desc=Path(path).name, unit="batch", total=-(-len(spans)//batch_size), disable=not progress, leave=False):
+            rows.append(task.features(network, {"image": paddle.to_tensor(clips)}).numpy())
     if network_was: network.train()
     ends = np.append(times[1:], times[-1] + (times[-1] - times[-2] if len(times) > 1 else 0))
     start, end = times[spans[:, 0]], ends[spans[:, 1]]
     return {"features": np.concatenate(rows), "audio": sound_rows(path, start, end), "start": start, "end": end, "frames": spans}
 
-# %% ../nbs/system/prediction.ipynb #7b931bc6
+# %% ../nbs/system/prediction.ipynb #1fc61900
 def digest_of_file(path):
     "SHA-256 (hexadecimal) of a file."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
@@ -221,14 +238,14 @@ def _settings(task, network, seconds, stride):
     keys = ("seg_num", "seglen", "short_size", "target_size", "sample_rate", "video_length", "crop_size", "jitter_scales", "image_mean", "image_std")
     config = {"MODEL": task.config.MODEL, "INFER": {k: value("infer", k, None) for k in keys}}
     return {"model": task.name, "snippet": f"{seconds} s" if stride is None else f"{stride} frames", "sound": "128 log-mel bands",
-            "config": json.dumps(config, sort_keys=True), "parameters": network_digest(network)}
+            "config": json.dumps(config, sort_keys=True), "parameters": network_digest(network), **({"precision": "bf16"} if getattr(network, "precision", "fp32") == "bf16" else {})}
 
 def _about(path, weights):
     "What else is worth knowing of a group: the film and the name of the weights."
     info = probe(path)
     return {"video": Path(path).name, "fps": info.fps, "frames": info.frames, "duration": info.duration, "weights": Path(weights or "published").name}
 
-# %% ../nbs/system/prediction.ipynb #43af5b56
+# %% ../nbs/system/prediction.ipynb #60800db3
 def write_features(path, name, values, settings):
     "Add one video's features to an HDF5 file as group `name`: on a copy that then takes the file's place."
     import h5py
@@ -255,8 +272,8 @@ def has_features(path, name, settings, film=None):
         raise PvnbError(f"{path} holds {name} of another film ({found.get('video', 'unknown')}, or the same file before it changed); give another --out")
     return found is not None and all(found.get(k) == v for k, v in settings.items())
 
-# %% ../nbs/system/prediction.ipynb #a57fe460
-EXTRACT_OPTIONS = {k: OPTIONS[k] for k in ("weights", "use_gpu")} | {
+# %% ../nbs/system/prediction.ipynb #9de0a2d6
+EXTRACT_OPTIONS = {k: OPTIONS[k] for k in ("weights", "use_gpu", *FAST_OPTIONS)} | {
     "video_path": (str, None, "videos, or folders of videos"), "out": (str, "features.h5", "HDF5 file, one group a video; videos that it holds are kept"),
     "snippet_seconds": (float, None, "seconds a snippet; default 1"), "stride": (int, None, "frames a snippet, in place of seconds"), "!batch_size": (int, None, "snippets a batch; default 8"),
 }
@@ -287,7 +304,7 @@ def _films(places):
             if films.setdefault(path.stem, path) != path: raise PvnbError(f"{films[path.stem]} and {path} would both be group {path.stem}; give them two --out files")
     return films
 
-# %% ../nbs/system/prediction.ipynb #bc32fb4f
+# %% ../nbs/system/prediction.ipynb #bdef6c4f
 def extract_command(argv):
     "`pvnb extract MODEL [--config C] [--weights F] VIDEO [VIDEO ...] --out features.h5`: one feature a snippet, with time stamps. Returns 0."
     rest, places = _split_videos(argv)
@@ -306,7 +323,7 @@ def extract_command(argv):
     print(f"{len(films)} videos in {args.out}")
     return 0
 
-# %% ../nbs/system/prediction.ipynb #4c3cb46f
+# %% ../nbs/system/prediction.ipynb #47925da5
 if __name__ == "__main__" and "__file__" in globals():
     from paddlevideo_nb.cli import main
     raise SystemExit(main(["predict", *sys.argv[1:]]))

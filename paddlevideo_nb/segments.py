@@ -38,13 +38,14 @@ def film_reader(features="motion", weights=None, progress=True):
     Memory holds a window of frames at a time. Raises `PvnbError` for an unknown name.
     """
     if features.lower() == "motion": return (lambda path: _motion(path, progress)), "motion"
+    from paddlevideo_nb.export import fast
     from paddlevideo_nb.pretrained import weights_of
     from paddlevideo_nb.tasks import create_model, find_model, get_task, published_config
     from paddlevideo_nb.zoo import network_digest
     name = find_model(features)
     task = get_task(published_config(name))
     if not hasattr(task, "prepare"): raise PvnbError(f"{name} looks at features, not at films: choose motion, I3D or another network of clips")
-    network = create_model(name, weights=weights_of(name, weights))
+    network = fast(create_model(name, weights=weights_of(name, weights)))
     if name == "I3D": return (lambda path: score_steps(task, network, path, progress=progress)), f"I3D {network_digest(network)}"
     def read(path):
         found = extract(task, network, path, progress=progress)

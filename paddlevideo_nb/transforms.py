@@ -4,13 +4,13 @@
 __all__ = ['sample_frames', 'resize', 'crop', 'center_crop', 'random_crop', 'random_flip', 'crop_sizes', 'crop_offsets',
            'multi_scale_crop', 'normalise', 'ClipTransform']
 
-# %% ../nbs/foundations/transforms.ipynb #74b463a3
+# %% ../nbs/foundations/transforms.ipynb #1d35027c
 import numpy as np
 from PIL import Image
 
 from .core import PvnbError
 
-# %% ../nbs/foundations/transforms.ipynb #2cbfe735
+# %% ../nbs/foundations/transforms.ipynb #c7629f4a
 def sample_frames(n_frames, seg_num, seglen, mode, rng=None, source="mp4"):
     """Frame numbers of a clip: int64 `[seg_num * seglen]`, each in `0 .. n_frames - 1`, segment by segment.
 
@@ -30,7 +30,7 @@ def sample_frames(n_frames, seg_num, seglen, mode, rng=None, source="mp4"):
             start += (mean - (seglen if source == "pkl" else 1)) // 2
     return ((start[:, None] + np.arange(seglen)).reshape(-1) % n_frames).astype(np.int64)
 
-# %% ../nbs/foundations/transforms.ipynb #36af0417
+# %% ../nbs/foundations/transforms.ipynb #5137f08c
 def resize(frames, short_size):
     "PIL images `[T]` with the short side at `short_size` and the long one at `int(short_size * 4 / 3)`, bilinear; unchanged where the short side fits already."
     w, h = frames[0].size
@@ -51,7 +51,7 @@ def _room(frames, size):
         raise PvnbError(f"frames are {w}x{h} pixels (width x height), smaller than the crop of {size}x{size}; raise short_size or lower target_size")
     return w - size, h - size
 
-# %% ../nbs/foundations/transforms.ipynb #ccb098ad
+# %% ../nbs/foundations/transforms.ipynb #f5b1d43a
 def center_crop(frames, size):
     "PIL images `[T]`: the central square of `size` pixels."
     x, y = _room(frames, size)
@@ -66,7 +66,7 @@ def random_flip(frames, rng):
     "PIL images `[T]`: all mirrored left to right with probability 1/2, or none."
     return [f.transpose(Image.FLIP_LEFT_RIGHT) for f in frames] if rng.random() < 0.5 else frames
 
-# %% ../nbs/foundations/transforms.ipynb #12e69b98
+# %% ../nbs/foundations/transforms.ipynb #440627db
 def crop_sizes(width, height, target, scales=(1, .875, .75, .66), max_distort=1):
     "The (width, height) pairs that `multi_scale_crop` chooses from. A side within 2 pixels of `target` becomes `target`: no resampling then."
     sides = [int(min(width, height) * s) for s in scales]
@@ -90,15 +90,16 @@ def multi_scale_crop(frames, target, rng):
     left, top = places[rng.integers(len(places))]
     return [f.resize((target, target), Image.BILINEAR) for f in crop(frames, left, top, width, height)]
 
-# %% ../nbs/foundations/transforms.ipynb #69483f02
+# %% ../nbs/foundations/transforms.ipynb #c5a7e81b
 def normalise(frames, mean, std):
     "float32 `[T, 3, H, W]` of PIL images `[T]`: (value / 255 - mean) / std, per colour."
-    out = np.stack([np.asarray(f) for f in frames]).astype(np.float32).transpose(0, 3, 1, 2) / 255  # [T, H, W, 3] -> [T, 3, H, W]
+    out = np.stack([np.asarray(f).transpose(2, 0, 1) for f in frames]).astype(np.float32)  # turned while they are still bytes; [T, 3, H, W]
+    out /= 255
     out -= np.asarray(mean, np.float32).reshape(3, 1, 1)
     out /= np.asarray(std, np.float32).reshape(3, 1, 1)
-    return np.ascontiguousarray(out)
+    return out
 
-# %% ../nbs/foundations/transforms.ipynb #8787e52c
+# %% ../nbs/foundations/transforms.ipynb #5d7ea50d
 class ClipTransform:
     """Frames uint8 `[seg_num * seglen, H, W, 3]` RGB -> float32 `[seg_num, 3 * seglen, target_size, target_size]`.
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['VideoError', 'write_video', 'VideoInfo', 'Video', 'probe', 'read_frames', 'read_video', 'iter_frames', 'shown_frames']
 
-# %% ../nbs/foundations/video.ipynb #bb724200
+# %% ../nbs/foundations/video.ipynb #d7609f95
 import contextlib
 import errno
 import itertools
@@ -18,11 +18,11 @@ import numpy as np
 
 from .core import PvnbError, atomic_path, existing_file
 
-# %% ../nbs/foundations/video.ipynb #5b408d25
+# %% ../nbs/foundations/video.ipynb #a3c7026c
 class VideoError(PvnbError):
     "One video file that cannot be read; its message names the file and says what is wrong. Training skips such files, prediction stops."
 
-# %% ../nbs/foundations/video.ipynb #14766c15
+# %% ../nbs/foundations/video.ipynb #099c0ab4
 _ENCODERS = {
     "h264": ("libx264", "yuv420p", {"crf": 18, "preset": "medium"}),
     "vp9": ("libvpx-vp9", "yuv420p", {"crf": 24, "b": 0, "deadline": "realtime", "cpu-used": 8}),
@@ -43,7 +43,7 @@ def _encoder(codec, size, path, crf, gop, bframes, options):
         chosen["x264-params"] = ":".join(["cpu-independent=1", *filter(None, [chosen.get("x264-params")])])
     return name, pixels, {k: str(v) for k, v in chosen.items()}
 
-# %% ../nbs/foundations/video.ipynb #1ac6e602
+# %% ../nbs/foundations/video.ipynb #0a424475
 def write_video(path, frames, fps=25, codec="h264", crf=None, gop=None, bframes=None, times=None, rotation=0, options=None):
     """Write `frames` (uint8 RGB `[T, H, W, 3]`, or any iterable of `[H, W, 3]`; H and W even) to `path`, whole or not at all.
 
@@ -74,7 +74,7 @@ def write_video(path, frames, fps=25, codec="h264", crf=None, gop=None, bframes=
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
 
-# %% ../nbs/foundations/video.ipynb #9968a578
+# %% ../nbs/foundations/video.ipynb #b62bbd81
 @contextlib.contextmanager
 def _writing(path):
     try:
@@ -89,7 +89,7 @@ def _picture(frame, size, path, number):
         raise PvnbError(f"cannot write {path}: frame {number} is {frame.dtype} {list(frame.shape)}, expected uint8 {[*size, 3]}")
     return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
 
-# %% ../nbs/foundations/video.ipynb #45cd0a85
+# %% ../nbs/foundations/video.ipynb #c0176561
 _NOT_VIDEO = {"tty", "hls", "dash", "concat", "sdp", "rtsp"}  # text files that FFmpeg would play, or that only point elsewhere
 
 @contextlib.contextmanager
@@ -107,7 +107,8 @@ def _opened(path):
             if stream.codec_context is None:
                 raise VideoError(f"{path}: no decoder for its video codec in this build of PyAV")
             stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = 1 if multiprocessing.parent_process() else 0  # worker processes share the cores already
+            small = stream.width*stream.height <= 640*480  # what threads save there they spend on waiting for each other
+            stream.codec_context.thread_count = 1 if small or multiprocessing.parent_process() else 0  # worker processes share the cores already
             yield container, stream
     except av.error.FFmpegError as e:
         raise VideoError(_what_failed(path, e)) from None
@@ -130,8 +131,8 @@ def _what_failed(path, error):
         return f"{path} is truncated: an mp4 file without its index (moov), which is written last"
     return f"{path} is not a video that FFmpeg knows, or is damaged at its beginning"
 
-# %% ../nbs/foundations/video.ipynb #e6f76dfd
-_Packet = namedtuple("_Packet", "pts key hidden broken")
+# %% ../nbs/foundations/video.ipynb #d5e51016
+_Packet = namedtuple("_Packet", "pts key hidden broken spare")
 
 @dataclass
 class _Index:
@@ -141,6 +142,7 @@ class _Index:
     packet: np.ndarray       # int64 [n] place of the frame's packet in the file, or None where frames were counted by decoding
     key: np.ndarray          # int64 [n] which entry of `keys` is the last key frame shown at or before this frame
     keys: list               # (pts, place in the file) of each key frame; an edit list can hide the first ones
+    spare: np.ndarray = None # bool [n] no other frame is built from this one, or None where that is not known
 
 def _index(path):
     "The `_Index` of a file. Raises `VideoError` where the file is cut short or holds no frame."
@@ -151,7 +153,7 @@ def _index(path):
         for p in container.demux(*((stream,) if "mp4" in container.format.name else ())):  # no argument: all streams
             end = max(end, float(((p.pts or 0) + (p.duration or 0)) * p.time_base))
             if p.stream.index == stream.index and p.size and _is_shown(p, stream):
-                packets.append(_Packet(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt))
+                packets.append(_Packet(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt, _is_spare(p, stream)))
         _check_whole(path, container, stream, packets, end)
         pts = [p.pts for p in packets]
         if None in pts or len(set(pts)) < len(pts):
@@ -168,14 +170,15 @@ def _is_shown(packet, stream):
     "False for the hidden reference frames of VP8, which have packets of their own (RFC 6386, 9.1: the show_frame bit)."
     return stream.codec_context.name not in ("vp8", "libvpx") or bool(bytes(packet)[0] >> 4 & 1)
 
-# %% ../nbs/foundations/video.ipynb #4b650dc9
+# %% ../nbs/foundations/video.ipynb #5382d6ef
 def _index_of_packets(path, packets, unit):
     keys = sorted((p.pts, place) for place, p in enumerate(packets) if p.key)
     if not keys:
         raise VideoError(f"{path} holds no key frame, so nothing can be decoded")
     shown = sorted((p.pts, place) for place, p in enumerate(packets) if not p.hidden and p.pts >= keys[0][0])  # earlier ones lack their reference
     pts, place = np.array(shown, dtype=np.int64).reshape(-1, 2).T
-    return _Index(pts, unit, place, np.searchsorted([k[0] for k in keys], pts, side="right") - 1, keys)
+    spare = np.array([packets[i].spare for i in place], bool)
+    return _Index(pts, unit, place, np.searchsorted([k[0] for k in keys], pts, side="right") - 1, keys, spare)
 
 def _index_by_decoding(path):
     with _opened(path) as (container, stream):
@@ -192,7 +195,7 @@ def _undamaged(frame, number, path):
         raise VideoError(f"{path} is damaged: frame {number} cannot be decoded whole")
     return frame
 
-# %% ../nbs/foundations/video.ipynb #c85c676a
+# %% ../nbs/foundations/video.ipynb #cb39551a
 def _check_whole(path, container, stream, packets, end):
     "Raise `VideoError` where packets are missing. `end`: last presentation time of any packet, in seconds."
     if "mp4" in container.format.name:
@@ -209,7 +212,34 @@ def _check_whole(path, container, stream, packets, end):
     if all(p.hidden for p in packets):
         raise VideoError(f"{path} holds no video frame")
 
-# %% ../nbs/foundations/video.ipynb #b87c0acc
+# %% ../nbs/foundations/video.ipynb #ce08c2bd
+def _heads(data, size):
+    "First byte of each NAL unit of an H.264 packet in the form of mp4 and Matroska: length in `size` bytes, then the unit."
+    at = 0
+    while at + size < len(data):
+        yield data[at + size]
+        at += size + int.from_bytes(data[at:at + size], "big")
+
+def _is_spare(packet, stream):
+    "True where a packet says that no other is decoded from it. (Known of H.264 in mp4, Matroska and FLV.)"
+    if stream.codec_context.name != "h264": return False
+    extra = stream.codec_context.extradata
+    if not extra or extra[0] != 1: return False  # units between start codes
+    slices = [head for head in _heads(bytes(packet), (extra[4] & 3) + 1) if head & 31 in (1, 5)]
+    return bool(slices) and not any(head >> 5 & 3 for head in slices)
+
+def _left_out(index, numbers):
+    "The set of frame numbers that need not be decoded to see `numbers`."
+    return set() if index.spare is None else set(np.flatnonzero(index.spare).tolist()) - set(numbers)
+
+# %% ../nbs/foundations/video.ipynb #4333ddde
+def _frames(container, stream, index, left_out):
+    "Decoded frames, without those that are `left_out` (numbers)."
+    times = {int(index.pts[n]) for n in left_out}
+    for packet in container.demux(stream):
+        if packet.pts not in times: yield from packet.decode()
+
+# %% ../nbs/foundations/video.ipynb #2a4448d2
 _JUMP = 8  # packets that a jump must save: it costs about as much as decoding these (decoder and its threads start afresh)
 
 def _plan(index, wanted):
@@ -225,7 +255,7 @@ def _plan(index, wanted):
         at = index.packet[number]
     return [run for run in runs if run[1]]
 
-# %% ../nbs/foundations/video.ipynb #70740ab2
+# %% ../nbs/foundations/video.ipynb #d54156fe
 class _SeekMissed(Exception):
     "The container came out behind the key frame that was asked for."
 
@@ -233,21 +263,33 @@ def _decode(path, index, wanted):
     "Yield `(number, picture)` for the sorted distinct frame numbers `wanted`; picture: uint8 RGB `[H, W, 3]`, upright."
     with _opened(path) as (container, stream):
         for start, numbers in _plan(index, wanted):
+            left_out, done = _left_out(index, numbers), 0
             if start:
                 container.seek(index.keys[start][0], stream=stream)
             try:
-                yield from _decode_run(path, container.decode(stream), index, start, numbers)
-            except _SeekMissed:  # a container with a poor table of contents: read this run from the beginning
-                with _opened(path) as (again, stream_again):
-                    yield from _decode_run(path, again.decode(stream_again), index, 0, numbers)
+                for found in _decode_run(path, _frames(container, stream, index, left_out), index, start, numbers, left_out):
+                    done += 1
+                    yield found
+            except _SeekMissed:  # a container with a poor table of contents
+                yield from _decode_again(path, index, numbers[done:])
+            except (VideoError, av.error.FFmpegError):
+                if not left_out: raise
+                yield from _decode_again(path, index, numbers[done:])  # is it for what was left out?
 
-def _decode_run(path, frames, index, start, numbers):
+# %% ../nbs/foundations/video.ipynb #1981b7cf
+def _decode_again(path, index, numbers):
+    "A run, from the beginning of the file and with nothing left out."
+    with _opened(path) as (container, stream):
+        yield from _decode_run(path, container.decode(stream), index, 0, numbers)
+
+def _decode_run(path, frames, index, start, numbers, left_out=()):
     first = expected = int(np.searchsorted(index.key, start)) if start else 0
     left, to_rgb = set(numbers), av.video.reformatter.VideoReformatter()  # one for the run: setting up costs more than converting a small frame
     for frame in frames:
         at = expected if index.packet is None else _number(frame, index, start)  # counted, or recognised
         if at is None:
             continue
+        while expected in left_out: expected += 1
         if start and at > first == expected:
             raise _SeekMissed
         if at != expected:
@@ -260,7 +302,7 @@ def _decode_run(path, frames, index, start, numbers):
                 return
     raise VideoError(f"{path} is damaged: frame {expected} of {len(index.pts)} is missing in what its decoder returns")
 
-# %% ../nbs/foundations/video.ipynb #f79d59a0
+# %% ../nbs/foundations/video.ipynb #6d2ee1ca
 def _number(frame, index, start):
     "The frame's number, or None where it is not part of the film: shown before the run's key frame, or hidden by an edit list."
     if frame.pts is None or frame.pts < index.keys[start][0]:
@@ -274,7 +316,7 @@ def _upright(frame, to_rgb):
     turns = round(frame.rotation / 90) % 4
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
 
-# %% ../nbs/foundations/video.ipynb #50482df2
+# %% ../nbs/foundations/video.ipynb #4a8e30a1
 @dataclass
 class VideoInfo:
     "What `probe` finds. Width and height are those of the upright picture."
@@ -294,7 +336,7 @@ def _check_numbers(video, wanted):
         if not 0 <= n < len(video):
             raise VideoError(f"{video.path} has {len(video)} frames (0 to {len(video) - 1}); frame {n} was asked for")
 
-# %% ../nbs/foundations/video.ipynb #435bfc7b
+# %% ../nbs/foundations/video.ipynb #2bc060e2
 class Video:
     """One video file: `len(video)` frames, read by number in the order in which they are shown.
 
@@ -334,7 +376,7 @@ class Video:
             out[where] = picture
         return out
 
-# %% ../nbs/foundations/video.ipynb #51793e2f
+# %% ../nbs/foundations/video.ipynb #45ca54f0
 def probe(path):
     """The `VideoInfo` of a video file. Decodes its first frame, for size and rotation.
 
@@ -349,7 +391,7 @@ def probe(path):
     fps = (n - 1) / times[-1] if n > 1 else nominal
     return VideoInfo(n, float(fps), width, height, float(times[-1]) + last, codec, times)
 
-# %% ../nbs/foundations/video.ipynb #0730ba6a
+# %% ../nbs/foundations/video.ipynb #1e5d8003
 def read_frames(path, indices):
     "uint8 `[len(indices), H, W, 3]` RGB: the frames with these numbers (any order, repeats allowed). Raises `VideoError`."
     return Video(path).read(indices)
@@ -367,7 +409,7 @@ def iter_frames(path, start=0, stop=None, step=1):
     for number, picture in video.frames(numbers) if len(numbers) else ():
         yield number, float(times[number]), picture
 
-# %% ../nbs/foundations/video.ipynb #93e9fa0f
+# %% ../nbs/foundations/video.ipynb #41b3028f
 def shown_frames(timestamps, fps=25.0):
     "int64 `[T]`: the frame on show at each tick of `fps` a second; never more than the film has. `timestamps`: seconds `[n]`, ascending from 0."
     timestamps = np.asarray(timestamps, np.float64)

@@ -34,11 +34,14 @@ def test_checkpoint_forms_pass():
     assert main(["parity", str(SMALL/"bsn_pem")]) == 0
 
 
-def test_networks_to_come_fail(tmp_path, capsys, monkeypatch):
+def test_unknown_networks_and_recordings_fail(tmp_path, capsys, monkeypatch):
     from paddlevideo_nb import tasks
     monkeypatch.delitem(tasks.TASKS, "BsnPem")
     assert main(["parity", str(SMALL/"bsn_pem")]) == 1
-    assert "BsnPem is not built yet" in capsys.readouterr().out
+    assert "no model 'BSNPEM'" in capsys.readouterr().out
+    np.savez(tmp_path/"nobody_knows.npz", x=np.zeros(3))
+    assert main(["parity", str(tmp_path)]) == 1
+    assert "no check is known for recordings like nobody_knows.npz" in capsys.readouterr().out
 
 
 def test_no_case_and_no_folder(tmp_path):
@@ -105,13 +108,6 @@ def test_unseen_case_fails_for_one_number_one_name_one_shape(unseen, capsys):
     assert "fc_0.b_0" in capsys.readouterr().out
     assert write(case={**case, "salt": "another"}) == 1  # other weights than those recorded
     assert write() == 0
-
-
-def test_unseen_case_of_a_network_to_come(unseen, capsys):
-    write, case, _ = unseen
-    assert write(case={**case, "model_name": "TALL", "config_file": "tall.yaml", "overrides": {}}) == 1
-    shown = capsys.readouterr().out
-    assert "not built" in shown and "TALL" in shown and "FAIL" not in shown
 
 
 def test_missing_folder_is_named(tmp_path):

@@ -304,7 +304,9 @@ def test_an_interrupted_evaluation_goes_on(how, listed, weights, tmp_path, repo,
     capsys.readouterr()
     assert main(argv) == 0
     assert len(counted) == 24 - done and f"goes on behind batch {done} of 24" in capsys.readouterr().err
-    assert evaluated(tmp_path) == evaluated(tmp_path/"whole") and not progress.exists()
+    (figures, table), (expected, expected_table) = evaluated(tmp_path), evaluated(tmp_path/"whole")
+    assert figures.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-6)  # one process may round its products otherwise than another
+    assert figures == expected and table == expected_table and not progress.exists()
 
 
 def test_progress_of_something_else_is_not_taken(listed, weights, tmp_path, capsys):

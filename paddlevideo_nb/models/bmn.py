@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['paddle', 'valid_cells', 'sampling_mask', 'Tiles', 'TiledMask', 'BoundaryMatching', 'BMN']
 
-# %% ../../nbs/papers/bmn.ipynb #2c3ed588
+# %% ../../nbs/papers/bmn.ipynb #41acdb8d
 import numpy as np
 
 from ..core import PvnbError, import_paddle
@@ -13,7 +13,7 @@ paddle = import_paddle()
 import paddle.nn.functional as F
 from paddle import nn
 
-# %% ../../nbs/papers/bmn.ipynb #4413e0f9
+# %% ../../nbs/papers/bmn.ipynb #7e066127
 def _positions(tscale, dscale, samples, ratio):
     "Float64 `[samples, D, T]`: where each proposal (d, s) looks, in cells of time. Computed as the original does, to the last bit."
     start, length = np.arange(tscale), np.arange(dscale)[:, None] + 1.0               # [T], [D, 1]
@@ -25,7 +25,7 @@ def valid_cells(tscale, dscale):
     "float32 `[D, T]`: 1 where a proposal of d + 1 cells from cell s on ends within the video, else 0."
     return (np.arange(tscale) + np.arange(dscale)[:, None] < tscale).astype(np.float32)
 
-# %% ../../nbs/papers/bmn.ipynb #c17cc76b
+# %% ../../nbs/papers/bmn.ipynb #b9ae2d06
 def sampling_mask(tscale=100, dscale=100, num_sample=32, num_sample_perbin=3, ratio=0.5):
     """The weights W of the boundary-matching layer: float32 `[T, N * D * T]`, axes [time, sample, duration, start]. Equal to the original's to the last bit.
 
@@ -44,7 +44,7 @@ def sampling_mask(tscale=100, dscale=100, num_sample=32, num_sample_perbin=3, ra
         mask[:, n] = 1.0/num_sample_perbin*total
     return mask.reshape(tscale, -1)
 
-# %% ../../nbs/papers/bmn.ipynb #4fd210ed
+# %% ../../nbs/papers/bmn.ipynb #4bd0e1ce
 _TILE = (10, 7)  # durations and starts that are computed together
 
 class Tiles:
@@ -68,7 +68,7 @@ class Tiles:
         self.of_map = np.full(dscale*tscale, sum(map(len, self.cells)))               # map cell -> its place among the computed ones, or one behind them
         if self.cells: self.of_map[np.concatenate(self.cells)] = np.arange(self.of_map.max())
 
-# %% ../../nbs/papers/bmn.ipynb #c7c6552e
+# %% ../../nbs/papers/bmn.ipynb #eccac013
 def _interpolate(projected, tiles):
     "`[T * N, K] -> [cells, K]`: for each tile one gathering of rows and one product."
     return paddle.concat([paddle.matmul(weights, paddle.gather(projected, rows)) for rows, weights in tiles])
@@ -87,7 +87,7 @@ class _Interpolation(paddle.autograd.PyLayer):
         for (rows, weights), part in zip(ctx.tiles, parts, strict=True): paddle.index_add_(total, rows, 0, paddle.matmul(weights, part, transpose_x=True))
         return total
 
-# %% ../../nbs/papers/bmn.ipynb #981092ea
+# %% ../../nbs/papers/bmn.ipynb #8c6317b4
 def _uniform(fan):
     k = fan**-.5
     return paddle.ParamAttr(initializer=nn.initializer.Uniform(-k, k))
@@ -105,7 +105,7 @@ def _conv2d(name, channels, outputs, width=3):
     layer = nn.Conv2D(channels, outputs, width, padding=width//2, weight_attr=_normal(channels*width**2), bias_attr=_zero())
     return named(layer, weight=f"{name}.w_0", bias=f"{name}.b_0")
 
-# %% ../../nbs/papers/bmn.ipynb #2b7f7c0f
+# %% ../../nbs/papers/bmn.ipynb #c3828ff1
 class TiledMask(nn.Layer):
     """A sampling mask, as published files hold it (`sample_mask`), and the tiles cut from it. `follow` cuts them anew where the mask was given other values, as a checkpoint may do."""
     def __init__(self, tscale, dscale, num_sample, num_sample_perbin, ratio):
@@ -133,7 +133,7 @@ class TiledMask(nn.Layer):
         cells = paddle.concat([cells, empty.expand([1, *cells.shape[1:]])])
         return paddle.gather(cells, self.of_map).transpose([1, 2, 0]).reshape([*cells.shape[1:], dscale, tscale])
 
-# %% ../../nbs/papers/bmn.ipynb #9b819a16
+# %% ../../nbs/papers/bmn.ipynb #4fa8404a
 class BoundaryMatching(TiledMask):
     """From features `[B, C, T]` to a vector for each proposal, before the activation: `[cells, B, O]`, the cells in the order of the tiles, none for those that are empty in the mask.
 
@@ -161,7 +161,7 @@ class BoundaryMatching(TiledMask):
         sampled = paddle.matmul(x, self.sample_mask).reshape([x.shape[0], -1, samples, dscale, tscale])  # [B, C, N, D, T], Eq. 2
         return self.conv(sampled).squeeze(2)
 
-# %% ../../nbs/papers/bmn.ipynb #5370fdee
+# %% ../../nbs/papers/bmn.ipynb #67f9acec
 class BMN(nn.Layer):
     """Boundary-Matching Network: `features [N, C, T] -> (confidence maps [N, 2, D, T], start [N, T], end [N, T])`, all 0..1.
 

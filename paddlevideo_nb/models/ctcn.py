@@ -4,7 +4,7 @@
 __all__ = ['paddle', 'temporal_conv', 'ConvNorm', 'ConceptBlock', 'Pyramid', 'Head', 'CTCN', 'hardest_negatives',
            'detection_loss', 'Stack']
 
-# %% ../../nbs/papers/ctcn.ipynb #f1cade5a
+# %% ../../nbs/papers/ctcn.ipynb #284a9312
 import numpy as np
 
 from ..core import PvnbError, import_paddle
@@ -14,14 +14,14 @@ paddle = import_paddle()
 import paddle.nn.functional as F
 from paddle import nn
 
-# %% ../../nbs/papers/ctcn.ipynb #90d6c4ac
+# %% ../../nbs/papers/ctcn.ipynb #fb3b39fc
 def temporal_conv(inputs, outputs, kernel=3, stride=1, bias=False):
     "A convolution over time alone, the same for every concept: `[N, inputs, T, V] -> [N, outputs, T / stride, V]`. Weights start uniform within 1 / sqrt(fan-in), biases at 0, as in the original."
     limit = (inputs*kernel)**-.5
     return nn.Conv2D(inputs, outputs, (kernel, 1), (stride, 1), (kernel//2, 0), weight_attr=nn.initializer.Uniform(-limit, limit),
                      bias_attr=nn.initializer.Constant(0.) if bias else False)
 
-# %% ../../nbs/papers/ctcn.ipynb #c482efc5
+# %% ../../nbs/papers/ctcn.ipynb #500d3ae2
 class _Names:
     "Counts what the original counted: its convolutions and batch norms have no other names than their turn."
     def __init__(self): self.turn = {"conv2d": 0, "batch_norm": 0}
@@ -49,7 +49,7 @@ class ConvNorm(nn.Layer):
         x = self.norm(self.conv(x))
         return F.relu(x) if self.relu else x
 
-# %% ../../nbs/papers/ctcn.ipynb #98407cbc
+# %% ../../nbs/papers/ctcn.ipynb #0fcb58db
 class ConceptBlock(nn.Layer):
     """A residual bottleneck over time, each concept by itself: `[N, inputs, T, V] -> [N, 4 * planes, T / stride, V]`.
 
@@ -65,7 +65,7 @@ class ConceptBlock(nn.Layer):
         short = x if self.short is None else self.short(x)
         return F.relu(short + self.up(self.time(self.down(x))))
 
-# %% ../../nbs/papers/ctcn.ipynb #b151dd14
+# %% ../../nbs/papers/ctcn.ipynb #501396fd
 class Pyramid(nn.Layer):
     """From four maps of the trunk to `levels` maps of one width, each half as long as the one before: list of `[N, 8 * width, T_i, V]`.
 
@@ -90,7 +90,7 @@ class Pyramid(nn.Layer):
             found.append(x)
         return found
 
-# %% ../../nbs/papers/ctcn.ipynb #f8e85f4e
+# %% ../../nbs/papers/ctcn.ipynb #6ea275be
 class Head(nn.Layer):
     "One prediction an anchor: `[N, inputs, T, V] -> [N, T * anchors, numbers]`. A temporal convolution, then, for the first time, one that sees all V concepts at once."
     def __init__(self, inputs, hidden, concepts, anchors, numbers, name):
@@ -106,7 +106,7 @@ class Head(nn.Layer):
         x = self.concepts(self.time(self.dropout(x)))                # [N, anchors * numbers, T, 1]
         return x.transpose([0, 2, 3, 1]).reshape([x.shape[0], -1, self.numbers])
 
-# %% ../../nbs/papers/ctcn.ipynb #ea66bd08
+# %% ../../nbs/papers/ctcn.ipynb #a713339b
 class CTCN(nn.Layer):
     """Deep concept-wise temporal convolutional network: `image [N, 1, T, V] -> (offsets [N, A, 2] within -5 .. 5, logits [N, A, num_classes])`.
 
@@ -145,7 +145,7 @@ class CTCN(nn.Layer):
         offsets = paddle.concat([self.location(x) for x in maps], 1)
         return 10*F.sigmoid(offsets) - 5, paddle.concat([self.classes(x) for x in maps], 1)
 
-# %% ../../nbs/papers/ctcn.ipynb #d256febd
+# %% ../../nbs/papers/ctcn.ipynb #205b901c
 def hardest_negatives(losses, positive, ratio=3):
     "float32 `[N, A]`: 1 for the `ratio` times as many negatives as each row has positives that have the largest losses. `losses` float32, `positive` bool, both `[N, A]`."
     order = paddle.argsort(paddle.where(positive, paddle.zeros_like(losses), losses), axis=1, descending=True)
@@ -167,7 +167,7 @@ def detection_loss(offsets, logits, loc_targets, cls_targets, alpha=2.0):
     location, classes = alpha*location.sum()/count, (losses*chosen).sum()/count
     return location + classes, location, classes
 
-# %% ../../nbs/papers/ctcn.ipynb #b93ce501
+# %% ../../nbs/papers/ctcn.ipynb #3654d474
 class _Pair(nn.Layer):
     "Two temporal convolutions beside a shortcut, `[N, C, T, V] -> ` the same shape."
     def __init__(self, names, channels):
