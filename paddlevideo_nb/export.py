@@ -130,6 +130,10 @@ def bf16_unit(flags=None):
     return "AMX" if "amx_bf16" in flags else "AVX512-BF16" if "avx512_bf16" in flags else ""
 
 # %% ../nbs/system/export.ipynb #f615ff89
+def _restore_threads():
+    "A run leaves its own number of threads to the whole process, and sums of other threads round differently: training would depend on what ran before it."
+    paddle.base.core.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0] or cpu_count()))
+
 class Predictor:
     """A program of `save_static` on the CPU: `predictor(arrays) -> arrays`, lists of NumPy arrays of the shapes that it was written for.
 
@@ -159,6 +163,7 @@ class Predictor:
     def __call__(self, arrays):
         for handle, array in zip(self.inputs, arrays, strict=True): handle.copy_from_cpu(np.ascontiguousarray(array))
         with contextlib.nullcontext() if self.runs else _silence(): self.predictor.run()  # the first run chooses kernels, and may talk about it
+        _restore_threads()
         self.runs += 1
         return [handle.copy_to_cpu() for handle in self.outputs]
 

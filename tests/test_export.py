@@ -139,6 +139,22 @@ def test_new_weights_after_training_count(trusting):
         for _ in range(2): assert difference([quick(image).numpy()], [before + 1]) < 1e-4
 
 
+def gradients(network, inputs):
+    network.train()
+    network(*inputs).square().mean().backward()
+    found = [p.grad.numpy() for p in network.parameters() if not p.stop_gradient]
+    network.clear_gradients()
+    network.eval()
+    return found
+
+
+def test_training_afterwards_is_as_before(tmp_path):
+    network, inputs = small(batch=8)
+    before = gradients(network, inputs)
+    Predictor(save_static(network, tmp_path/"net", *inputs)[0])([i.numpy() for i in inputs])
+    assert all(np.array_equal(a, b) for a, b in zip(before, gradients(network, inputs), strict=True))
+
+
 def test_no_program_means_the_dynamic_graph(monkeypatch, capfd):
     network, (image,) = small()
     monkeypatch.setattr(export, "save_static", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("no such\noperator")))
