@@ -27,3 +27,11 @@ def mini():
     from paddlevideo_nb.datasets.theatre import make_clips
 
     return make_clips()
+
+
+@pytest.fixture(scope="session")
+def features():
+    "The feature sets of the digit theatre, made where they are not there yet: their folder (Path)."
+    from paddlevideo_nb.datasets.features import make_features
+
+    return make_features(progress=False)

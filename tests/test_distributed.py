@@ -82,10 +82,8 @@ def test_reason_names_the_process_that_failed_first(tmp_path):
     assert "lost another process" in reason(tmp_path, 2)
 
 
-def test_two_processes_equal_one_without_batch_norm(tmp_path):
-    from paddlevideo_nb.datasets.features import make_features
-    world = make_features()
-    lists = [f"TRAIN.filelist={world/'flash'/'val.list'}", f"VALID.filelist={world/'flash'/'val.list'}"]
+def test_two_processes_equal_one_without_batch_norm(features, tmp_path):
+    lists = [f"{s}.filelist={features/'flash'/'val.list'}" for s in ("TRAIN", "VALID")]
     words = ["train", "AttentionCluster", "--config", "attention_cluster_mini", "drop_rate=0.0", "epoch=1", "batch_size=40", "--use_gpu=False", "--log_interval=1", *lists]
     for n in (1, 2):
         assert main([*words, f"--save_dir={tmp_path/str(n)}", f"--nproc={n}"]) == 0

@@ -45,7 +45,7 @@ def flat(value):
 
 
 @pytest.mark.parametrize("name", MINI)
-def test_every_network_is_equal_as_a_program(name, tmp_path):
+def test_every_network_is_equal_as_a_program(name, features, tmp_path):  # NEXTVLAD's configuration names a file of `features`
     network, tensors = small(name, 2)
     with paddle.no_grad(): expected = flat(network(*tensors))
     assert all(np.abs(e).max() > 0 for e in expected)
