@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import PvnbError, cpu_count, import_paddle, write_json
-from .export import Predictor, bf16_unit, child_environment, cpuinfo, difference, example_inputs, save_static, survives, take_tensors
+from .core import PvnbError, cpu_count, cpuinfo, import_paddle, write_json
+from .export import Predictor, bf16_unit, child_environment, difference, example_inputs, save_static, survives, take_tensors
 from .layers.resnet import count_flops
 from .reproduce import format_table
 from .tasks import create_model, find_model, get_task, list_models, published_config

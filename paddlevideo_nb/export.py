@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['paddle', 'PRECISIONS', 'TOLERANCE', 'METHODS', 'FAST_OPTIONS', 'SHAPES', 'ONNX_HINT', 'OPTIONS', 'take_tensors',
-           'put_tensors', 'save_static', 'cpuinfo', 'bf16_unit', 'Predictor', 'difference', 'child_environment',
-           'survives', 'FastNetwork', 'fast', 'example_inputs', 'save_onnx', 'export', 'export_command']
+           'put_tensors', 'save_static', 'bf16_unit', 'Predictor', 'difference', 'child_environment', 'survives',
+           'FastNetwork', 'fast', 'example_inputs', 'save_onnx', 'export', 'export_command']
 
 # %% ../nbs/system/export.ipynb #8ded385d
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import paddlevideo_nb
-from .core import PvnbError, atomic_path, cache_dir, cpu_count, import_paddle, nearest, read_json, write_json
+from .core import PvnbError, atomic_path, cache_dir, cpu_count, cpuinfo, import_paddle, nearest, read_json, write_json
 from .forms import inference_form
 from .runs import choose_device, run_arguments
 from .tasks import get_task
@@ -117,12 +117,6 @@ def _silence():
 
 # %% ../nbs/system/export.ipynb #2c21996e
 PRECISIONS = ("fp32", "bf16")
-
-def cpuinfo(key):
-    "What /proc/cpuinfo says of the first processor under `key`, '' where it says nothing."
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 def bf16_unit(flags=None):
     "What multiplies bfloat16 in this CPU: 'AMX', 'AVX512-BF16', or '' for nothing. `flags`: the words of the `flags` line of /proc/cpuinfo."

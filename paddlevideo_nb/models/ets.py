@@ -37,8 +37,9 @@ def gru_step(projected, hidden, gates_weight, candidate_weight):
     Gate blocks stand in the order update, reset, candidate; matrices as of `gru_matrices`. The reset gate works on the old state before it is multiplied, where `nn.GRU` has it afterwards; and the update gate says how much is *new*.
     """
     size = hidden.shape[-1]
-    update, reset = F.sigmoid(projected[..., :2*size] + hidden @ gates_weight).split(2, axis=-1)   # Eq. 1, Eq. 2
-    candidate = (projected[..., 2*size:] + (reset*hidden) @ candidate_weight).tanh()               # Eq. 3
+    gates, candidate = projected.split([2*size, size], axis=-1)
+    update, reset = F.sigmoid(gates + hidden @ gates_weight).split(2, axis=-1)                     # Eq. 1, Eq. 2
+    candidate = (candidate + (reset*hidden) @ candidate_weight).tanh()                             # Eq. 3
     return hidden + update*(candidate - hidden)                                                    # Eq. 4
 
 # %% ../../nbs/papers/ets.ipynb #43f7cb91
