@@ -38,8 +38,9 @@ def run_arguments(program, argv, options, sections=()):
     parser.add_argument("--config", help="a packaged configuration (tsn, tsn_mini) or a path; default: the model's published one")
     keys = [n[1:] for n in options if n.startswith("!")]
     for name, (kind, default, text) in options.items():
-        parser.add_argument(f"--{name.lstrip('!')}", f"--{name.lstrip('!').replace('_', '-')}", dest=name.lstrip("!"),
-                            type=_boolean if kind is bool else kind, default=default, help=text)
+        word = name.lstrip("!")
+        spellings = dict.fromkeys((f"--{word}", f"--{word.replace('_', '-')}"))  # one where both are the same
+        parser.add_argument(*spellings, dest=word, type=_boolean if kind is bool else kind, default=default, help=text)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the configuration; also without --set")
     names = {n.lstrip("!") for n in options} | {"model_name", "config"}
     args = parser.parse_args([_as_option(word, names) for word in argv])
