@@ -18,7 +18,7 @@ from .train import fit
 from .zoo import save_weights
 
 # %% ../nbs/system/captioners.ipynb #f5ba6731
-VERSION = 1
+VERSION = 2
 
 def theatre_config(world):
     "The configuration `ets_mini` for the stories in the folder `world`, see `make_captions`."

@@ -47,7 +47,7 @@ class Grounder:
 # %% ../nbs/system/grounders.ipynb #a5ba6818
 def theatre_grounder(progress=True):
     "The `Grounder` of the digit theatre, learnt on first use, then kept in the data folder."
-    world, folder = make_questions(progress=progress), data_dir("localizers")/"tall-theatre-v2"
+    world, folder = make_questions(progress=progress), data_dir("localizers")/"tall-theatre-v3"
     asked = read_json(world/"questions.json")
     encoder, task = TinyEncoder.learn([q[3] for q in asked["train"]], SENTENCE_WIDTH), get_task(load_config("tall_mini"))
     if not (folder/"about.json").is_file():
