@@ -6,11 +6,14 @@
 __all__ = ['MEASURES', 'java', 'caption_scores', 'CaptionScores']
 
 # %% ../../nbs/foundations/captioning.ipynb #64f234f9
+import atexit
 import contextlib
+import functools
 import importlib.metadata
 import io
 import shutil
 import subprocess
+import threading
 
 import numpy as np
 
@@ -39,16 +42,23 @@ def _checked(said, truth):
     if not said: raise PvnbError("there are no captions to score")
     if without := [k for k, v in truth.items() if not v or not all(isinstance(s, str) and s.strip() for s in v)]: raise PvnbError(f"{without[0]!r} has no reference sentence, or an empty one")
 
+@functools.cache
+def _meteor_program():
+    "METEOR as a Java process, which reads its tables for seconds: started once, and it ends with this process."
+    from pycocoevalcap.meteor.meteor import Meteor
+    meteor = Meteor()
+    atexit.register(meteor.meteor_p.kill)
+    return meteor
+
 def _meteor(truth, said):
-    "(METEOR, a note) of the program, which runs as a Java process, or (None, why not)."
+    "(METEOR, a note) of the program, or (None, why not)."
     works, about = java()
     if not works: return None, f"METEOR 1.5 left out: {about}"
-    from pycocoevalcap.meteor.meteor import Meteor
-    try:
-        meteor = Meteor()
-        try: return float(meteor.compute_score(truth, said)[0]), f"METEOR 1.5, {about}"
-        finally: meteor.meteor_p.kill()
-    except (OSError, ValueError, subprocess.SubprocessError) as e: return None, f"METEOR 1.5 left out: {type(e).__name__}: {e}"
+    try: return float(_meteor_program().compute_score(truth, said)[0]), f"METEOR 1.5, {about}"
+    except (OSError, ValueError, subprocess.SubprocessError) as e:
+        _meteor_program().lock = threading.Lock()  # a call that failed leaves it locked, and its end would wait for it for ever
+        _meteor_program.cache_clear()
+        return None, f"METEOR 1.5 left out: {type(e).__name__}: {e}"
 
 # %% ../../nbs/foundations/captioning.ipynb #1364c277
 def caption_scores(said, truth, meteor=True):
