@@ -251,6 +251,10 @@ def learn_localizer(data, proposals="BMN", features="motion", seed=0, progress=T
 def save_localizer(localizer, folder):
     "Write a localizer into a new folder, whole or not at all: `about.json`, `classifier.safetensors`, and of each network a YAML and a safetensors file. Raises `PvnbError` where the folder exists."
     if Path(folder).exists(): raise PvnbError(f"{folder} exists; name a new folder for the localizer")
+    return _keep(localizer, folder)
+
+def _keep(localizer, folder):
+    "As `save_localizer`; a folder that another process has completed meanwhile stays."
     def write(part):
         for task, network in zip(localizer.tasks, localizer.networks, strict=True):
             write_text(part/f"{task.name}.yaml", task.config.text())
@@ -279,7 +283,7 @@ def theatre_localizer(proposals="BMN", progress=True):
     folder = data_dir("localizers")/f"{proposals.lower()}-theatre-v{VERSION}"
     if not (folder/"about.json").is_file():
         if progress: print(f"no localizer yet: learning {proposals} on the digit theatre, about a minute, kept in {folder}")
-        save_localizer(learn_localizer(make_untrimmed(progress=progress), proposals, progress=progress), folder)
+        _keep(learn_localizer(make_untrimmed(progress=progress), proposals, progress=progress), folder)
     return load_localizer(folder)
 
 # %% ../nbs/system/localizers.ipynb #5b987412

@@ -6,6 +6,10 @@ import pytest
 from paddlevideo_nb.core import golden_dir
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs notebooks or makes an environment; -m 'not slow' is the fast part")
+
+
 @pytest.fixture(scope="session")
 def repo():
     "The checkout that these tests belong to (Path)."

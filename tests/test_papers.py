@@ -9,6 +9,7 @@ from paddlevideo_nb.core import repo_dir
 PAPERS = sorted(p.stem for p in (repo_dir()/"nbs"/"papers").glob("*.ipynb"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", PAPERS)
 def test_reproduces(paper, tmp_path):
     code = main(["reproduce", paper, "--out", str(tmp_path)])
