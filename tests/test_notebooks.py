@@ -188,11 +188,12 @@ TIMED = {"bench", "benchmark", "training_speed", "what_an_epoch_costs"}  # they 
 
 
 def run_notebook(path, folder, threads):
-    "'' where a notebook runs from top to bottom in a process of its own, else the end of what it said."
+    "'' where a notebook runs from top to bottom in a process of its own, else its exit status and the end of what it said."
     command = [sys.executable, "-m", "papermill", path, folder/path.name, "--cwd", REPO, "--no-progress-bar", "--execution-timeout", "600"]
     env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
-    return "\n".join(re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).splitlines()[-25:]) if done.returncode else ""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).splitlines()[-25:]
+    return "\n".join([f"exit status {done.returncode}", *said]) if done.returncode else ""
 
 
 @pytest.fixture(scope="module")
