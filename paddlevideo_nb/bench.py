@@ -7,6 +7,7 @@ __all__ = ['paddle', 'PATHS', 'COLUMNS', 'OTHERS', 'alternate', 'median_ratio', 
 
 # %% ../nbs/system/bench.ipynb #8e279669
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -15,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from .core import PvnbError, cpu_count, cpuinfo, import_paddle, write_json
+from .core import PvnbError, cpu_count, cpuinfo, environment, import_paddle, write_json
 from .export import Predictor, bf16_unit, child_environment, difference, example_inputs, save_static, survives, take_tensors
 from .layers.resnet import count_flops
 from .reproduce import format_table
@@ -30,12 +33,15 @@ from paddle import nn
 from tqdm import tqdm
 
 # %% ../nbs/system/bench.ipynb #e7edbd75
-def alternate(paths, seconds=20.0, least=3, most=15, warm=False, clock=time.perf_counter):
-    """Run the functions of the dict `paths` in turn, after one run each that does not count (`warm`: they have had it): name -> list of seconds by `clock`. At least `least` rounds, at most `most`, no new one after `seconds`."""
+def alternate(paths, seconds=20.0, least=3, most=15, warm=False, clock=time.perf_counter, rest=0.0):
+    """Run the functions of the dict `paths` in turn, after one run each that does not count (`warm`: they have had it): name -> list of seconds by `clock`. At least `least` rounds, at most `most`, no new one after `seconds`.
+
+    `rest`: seconds before each run. Threads of OpenMP keep their core busy for 0.2 s after their work, which matters where the paths belong to several processes."""
     for run in paths.values() if not warm else (): run()
     times, end = {name: [] for name in paths}, time.perf_counter() + seconds
     while len(next(iter(times.values()))) < least or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
         for name, run in paths.items():
+            time.sleep(rest)
             start = clock()
             run()
             times[name].append(clock() - start)
@@ -57,7 +63,7 @@ def count_work(network, *inputs):
     return flops, total[0]
 
 # %% ../nbs/system/bench.ipynb #ff6a7abb
-PATHS = ("dynamic", "static", "oneDNN", "bf16")
+PATHS = ("plain", "dynamic", "static", "oneDNN", "bf16")
 
 def _peak():
     "Most memory that this process ever had, in MB (Linux), or None."
@@ -83,8 +89,9 @@ def _runners(network, tensors, folder, paths):
         with paddle.no_grad(): take_tensors(network(*[paddle.to_tensor(a) for a in arrays]), found)
         return [f.numpy() for f in found]
     if "dynamic" in paths: runs["dynamic"] = dynamic
-    program = save_static(network, Path(folder)/"net", *tensors)[0] if set(paths) - {"dynamic"} else None
-    for name in [p for p in paths if p != "dynamic"]:
+    programs = [p for p in paths if p not in ("plain", "dynamic")]
+    program = save_static(network, Path(folder)/"net", *tensors)[0] if programs else None
+    for name in programs:
         precision = "bf16" if name == "bf16" else "fp32"
         if name == "bf16" and not bf16_unit(): failures[name] = "this CPU multiplies no bfloat16"
         elif name != "static" and (why := survives(program, precision, arrays)): failures[name] = why
@@ -107,21 +114,39 @@ def peak_memory(name, config, batch, path, limit=300):
     except subprocess.TimeoutExpired: return None
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout.strip() else None
 
+# %% ../nbs/system/bench.ipynb #ca1e09b6
+_held = []  # of a process for the path "plain": what it runs
+
+def _hold(name, config, batch):
+    network, tensors = _prepare(name, config, batch)
+    _held.append(_runners(network, tensors, None, ["dynamic"])[0]["dynamic"])
+
+def _run_held(): return _held[0]()
+
+def _plain(stack, name, config, batch):
+    "A function that runs the dynamic graph in a process in which MKL is left alone; `stack` (an `ExitStack`) ends that process."
+    pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _hold, (name, config, batch)))
+    with environment(MKL_DEBUG_CPU_TYPE=""): pool.submit(_run_held).result()
+    return lambda: pool.submit(_run_held).result()
+
+
 # %% ../nbs/system/bench.ipynb #d0538518
 def bench_network(name, config=None, batch=1, seconds=20.0, memory=True, paths=PATHS):
     """Rows of the table for one network with start weights, at the size of its configuration (a name or path; default the published one): a list of dicts with
-    network, size, path, ms, clips_s, mb, gflops, gbytes, ratio (to dynamic), difference (from dynamic), rounds, or `failure` in place of the figures."""
+    network, size, path, ms, clips_s, mb, gflops, gbytes, ratio (to dynamic), to_plain (ratio to plain, or to dynamic where that is plain), difference (from dynamic), rounds, or `failure` in place of the figures."""
     config = config or published_config(name).source.removesuffix(".yaml")
     network, tensors = _prepare(name, config, batch)
     (work, moved), size = count_work(network, *tensors), " + ".join("x".join(map(str, t.shape)) for t in tensors)
-    with tempfile.TemporaryDirectory(prefix="pvnb_") as folder:
+    with tempfile.TemporaryDirectory(prefix="pvnb_") as folder, contextlib.ExitStack() as stack:
         runs, failures = _runners(network, tensors, folder, ("dynamic", *[p for p in paths if p != "dynamic"]))
+        if "plain" in paths and os.environ.get("MKL_DEBUG_CPU_TYPE"): runs = {"plain": _plain(stack, name, config, batch), **runs}
         outputs = {path: run() for path, run in runs.items()}
-        times = alternate(runs, seconds, warm=True)
-    common = {"network": find_model(name), "size": size, "gflops": 2*work/1e9, "gbytes": moved/1e9}
-    rows = [{**common, "path": path, "ms": 1000*float(np.median(t)), "clips_s": batch/float(np.median(t)), "mb": peak_memory(name, config, batch, path) if memory else None,
-             "ratio": median_ratio(times["dynamic"], t), "difference": difference(outputs[path], outputs["dynamic"]), "rounds": len(t)} for path, t in times.items()]
+        times = alternate(runs, seconds, warm=True, rest=0.25 if "plain" in runs else 0.0)
+    common, plain = {"network": find_model(name), "size": size, "gflops": 2*work/1e9, "gbytes": moved/1e9}, times.get("plain", times["dynamic"])
+    rows = [{**common, "path": path, "ms": 1000*float(np.median(t)), "clips_s": batch/float(np.median(t)), "mb": peak_memory(name, config, batch, path) if memory and path != "plain" else None,
+             "ratio": median_ratio(times["dynamic"], t), "to_plain": median_ratio(plain, t), "difference": difference(outputs[path], outputs["dynamic"]), "rounds": len(t)} for path, t in times.items()]
     return rows + [{**common, "path": path, "failure": why} for path, why in failures.items()]
+
 
 # %% ../nbs/system/bench.ipynb #c59c16fa
 def gemm_peak(precision="fp32", size=2048, layers=6, seconds=1.5):
@@ -289,10 +314,10 @@ def bench_reader(seconds=3.0, frames=8):
              "difference": difference([results[name]], [results[loop]])} for name, t in times.items()]
 
 # %% ../nbs/system/bench.ipynb #d7fe480f
-COLUMNS = ["network", "size", "path", "ms", "clips/s", "peak MB", "GFLOP", "ratio", "difference", "rounds"]
+COLUMNS = ["network", "size", "path", "ms", "clips/s", "peak MB", "GFLOP", "ratio", "to plain", "difference", "rounds"]
 
 def _shown(row):
-    return {**row, "clips/s": row.get("clips_s"), "peak MB": row["mb"] and round(row["mb"]) if "mb" in row else None, "GFLOP": row["gflops"], "ms": row.get("ms", row.get("failure"))}
+    return {**row, "clips/s": row.get("clips_s"), "to plain": row.get("to_plain"), "peak MB": row["mb"] and round(row["mb"]) if "mb" in row else None, "GFLOP": row["gflops"], "ms": row.get("ms", row.get("failure"))}
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="pvnb bench", description="Time networks on every path, and post-processing against plain loops; ratios of medians, in turn.")

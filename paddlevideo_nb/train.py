@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import PvnbError, cpu_count, import_paddle, write_text
+from .core import PvnbError, cpu_count, environment, import_paddle, write_text
 from .datasets.loader import make_loader
 from .distributed import join, launch, launched, lost_processes_told, rank_and_size, synchronise_batch_norm, total
 from .evaluate import evaluate, reader_processes
@@ -383,17 +383,7 @@ def _share(values, parent):
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-@contextlib.contextmanager
-def _one_thread():
-    "Processes started meanwhile compute with one thread each."
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try: yield
-    finally:
-        for name, value in before.items():
-            if value is None: del os.environ[name]
-            else: os.environ[name] = value
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 def _fresh(task, make, seed):
     paddle.seed(seed)
@@ -423,7 +413,7 @@ def fit_all(runs, workers=None):
             raise PvnbError(f"fit_all: {getattr(kind, '__name__', type(kind).__name__)} is defined in this notebook or script, which other processes do not see: import it from its module")
     shared = {id(run[key]): run[key] for run in runs for key in _SHARED if key in run}
     jobs = [{key: id(value) if key in _SHARED else value for key, value in run.items()} for run in runs]
-    with _one_thread(), ProcessPoolExecutor(min(workers or cpu_count(), len(runs)), get_context("spawn"), _share, (shared, os.getpid())) as pool:
+    with environment(**_ONE_THREAD), ProcessPoolExecutor(min(workers or cpu_count(), len(runs)), get_context("spawn"), _share, (shared, os.getpid())) as pool:
         done = list(pool.map(_fit_one, jobs))
     results = []
     for run, (weights, history) in zip(runs, done, strict=True):

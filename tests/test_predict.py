@@ -290,7 +290,8 @@ def test_an_interrupted_evaluation_goes_on(how, listed, weights, tmp_path, repo,
     argv = words("eval", weights, f"--filelist={listed}", "batch_size=1", "use_gpu=False")
     assert main([*argv, f"--save_dir={tmp_path/'whole'}"]) == 0
     progress, argv = tmp_path/"TSN_progress.npz", [*argv, f"--save_dir={tmp_path}"]
-    with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    def heed(): signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit that it is ignored
+    with subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=repo, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed) as process:
         end = time.monotonic() + 60
         while time.monotonic() < end and process.poll() is None and not (progress.is_file() and kept(progress) >= 2):
             time.sleep(.02)
