@@ -36,15 +36,19 @@ from tqdm import tqdm
 def alternate(paths, seconds=20.0, least=3, most=15, warm=False, clock=time.perf_counter, rest=0.0):
     """Run the functions of the dict `paths` in turn, after one run each that does not count (`warm`: they have had it): name -> list of seconds by `clock`. At least `least` rounds, at most `most`, no new one after `seconds`.
 
-    `rest`: seconds before each run. Threads of OpenMP keep their core busy for 0.2 s after their work, which matters where the paths belong to several processes."""
+    `rest`: seconds before each run. Threads of OpenMP keep their core busy for 0.2 s after their work, which matters where the paths belong to several processes.
+    A path that runs in another process has a method `seconds`, which runs it and says how long that took there."""
+    def seconds_of(run):
+        if hasattr(run, "seconds"): return run.seconds()
+        start = clock()
+        run()
+        return clock() - start
     for run in paths.values() if not warm else (): run()
     times, end = {name: [] for name in paths}, time.perf_counter() + seconds
     while len(next(iter(times.values()))) < least or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
         for name, run in paths.items():
             time.sleep(rest)
-            start = clock()
-            run()
-            times[name].append(clock() - start)
+            times[name].append(seconds_of(run))
     return times
 
 def median_ratio(slow, fast):
@@ -123,11 +127,20 @@ def _hold(name, config, batch):
 
 def _run_held(): return _held[0]()
 
-def _plain(stack, name, config, batch):
-    "A function that runs the dynamic graph in a process in which MKL is left alone; `stack` (an `ExitStack`) ends that process."
-    pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _hold, (name, config, batch)))
-    with environment(MKL_DEBUG_CPU_TYPE=""): pool.submit(_run_held).result()
-    return lambda: pool.submit(_run_held).result()
+def _time_held():
+    start = time.perf_counter()
+    _run_held()
+    return time.perf_counter() - start
+
+class _Plain:
+    "The dynamic graph in a process in which MKL is left alone: call it for the outputs. `stack` (an `ExitStack`) ends that process."
+    def __init__(self, stack, name, config, batch):
+        self.pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _hold, (name, config, batch)))
+        with environment(MKL_DEBUG_CPU_TYPE=""): self()
+
+    def __call__(self): return self.pool.submit(_run_held).result()
+
+    def seconds(self): return self.pool.submit(_time_held).result()
 
 
 # %% ../nbs/system/bench.ipynb #d0538518
@@ -139,7 +152,7 @@ def bench_network(name, config=None, batch=1, seconds=20.0, memory=True, paths=P
     (work, moved), size = count_work(network, *tensors), " + ".join("x".join(map(str, t.shape)) for t in tensors)
     with tempfile.TemporaryDirectory(prefix="pvnb_") as folder, contextlib.ExitStack() as stack:
         runs, failures = _runners(network, tensors, folder, ("dynamic", *[p for p in paths if p != "dynamic"]))
-        if "plain" in paths and os.environ.get("MKL_DEBUG_CPU_TYPE"): runs = {"plain": _plain(stack, name, config, batch), **runs}
+        if "plain" in paths and os.environ.get("MKL_DEBUG_CPU_TYPE"): runs = {"plain": _Plain(stack, name, config, batch), **runs}
         outputs = {path: run() for path, run in runs.items()}
         times = alternate(runs, seconds, warm=True, rest=0.25 if "plain" in runs else 0.0)
     common, plain = {"network": find_model(name), "size": size, "gflops": 2*work/1e9, "gbytes": moved/1e9}, times.get("plain", times["dynamic"])

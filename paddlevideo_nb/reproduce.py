@@ -339,15 +339,16 @@ def _checked(mode, jobs, timeout, seed, update_baselines, **paths):
     return {name: str(Path(path).expanduser().resolve()) if path else "" for name, path in paths.items()}
 
 # %% ../nbs/system/reproduction.ipynb #f66fe861
-def reproduce(names=None, mode="mini", jobs=1, out="reports", timeout=None, weights="", data_root="", seed=0, update_baselines=False,
+def reproduce(names=None, mode="mini", jobs=None, out="reports", timeout=None, weights="", data_root="", seed=0, update_baselines=False,
               notebooks=None, baselines=None):
     """Run paper notebooks afresh and hold their figures to their claims and baselines. Returns the rows of the table (dicts of `COLUMNS`).
 
-    `names`: which (any case; default all). `mode`: 'mini' or 'zoo' (real weights and data: `weights`, `data_root`). `jobs`: how many at a time.
+    `names`: which (any case; default all). `mode`: 'mini' or 'zoo' (real weights and data: `weights`, `data_root`). `jobs`: how many at a time (default 2, or 1 on a single core).
     `timeout`: seconds for a whole notebook (default 900 in mini mode, none in zoo mode). `notebooks`, `baselines`: their folders, where not the checkout's.
     `out` receives the executed copies, logs, `<notebook>/<model>.json`, `results.md` and `results.csv`; the report is renewed after every notebook.
     Raises `PvnbError` for what cannot be started, and KeyboardInterrupt, once the report is written, where the run is interrupted or terminated.
     """
+    jobs = min(2, cpu_count()) if jobs is None else jobs  # what one does with a single core, such as reading and drawing, leaves room for the other
     paths = _checked(mode, jobs, timeout, seed, update_baselines, weights=weights, data_root=data_root)
     timeout, out = timeout or (900 if mode == "mini" else None), Path(out).resolve()
     runs = [_Run(path, out) for path in find_notebooks(names, notebooks)]
@@ -382,7 +383,7 @@ def reproduce_command(argv):
     parser = argparse.ArgumentParser(prog="pvnb reproduce", description="Run the paper notebooks afresh and hold their figures to claims and baselines.")
     parser.add_argument("names", nargs="*", help="which papers, in any case (default: all)")
     parser.add_argument("--mode", choices=("mini", "zoo"), default="mini", help="mini: the digit theatre; zoo: published weights and real data")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time, which share the cores (default: 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time, which share the cores (default: 2, or 1 on a single core)")
     parser.add_argument("--out", default="reports", metavar="DIR", help="folder for executed notebooks and the report (default: reports)")
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds for a whole notebook (default: 900 in mini mode, none in zoo mode)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="passed to the notebooks; baselines are compared at seed 0 only")

@@ -6,12 +6,10 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
-from paddlevideo_nb.core import cpu_count
 from paddlevideo_nb.house import imports, readme_text, wrong_imports
 
 REPO = Path(__file__).resolve().parents[1]
@@ -184,39 +182,16 @@ def test_equations_stand_in_prose_and_code(path):
 # --- every notebook runs
 
 
-TIMED = {"bench", "benchmark", "training_speed", "what_an_epoch_costs"}  # they compare speeds, so they run alone
-
-
-def run_notebook(path, folder, threads):
-    "'' where a notebook runs from top to bottom in a process of its own, else its exit status and the end of what it said."
-    command = [sys.executable, "-m", "papermill", path, folder/path.name, "--cwd", REPO, "--no-progress-bar", "--execution-timeout", "600"]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=1200)
-    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).splitlines()[-25:]
-    return "\n".join([f"exit status {done.returncode}", *said]) if done.returncode else ""
-
-
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
-    "{notebook: Future of `run_notebook`} of those that were asked for and need not be alone: one for each core at a time."
-    asked = [i.callspec.params["path"] for i in request.session.items if getattr(i, "originalname", "") == "test_notebook_runs_from_top_to_bottom"]
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        folder = tmp_path_factory.mktemp("executed")
-        found = {p: pool.submit(run_notebook, p, folder, 1) for p in asked if p.stem not in TIMED}
-        yield found
-        for future in found.values():
-            future.cancel()
+TIMED = {"bench", "benchmark", "training_speed", "what_an_epoch_costs"}  # they compare speeds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", OTHERS, ids=named)
-def test_notebook_runs_from_top_to_bottom(path, runs, tmp_path):
-    if path.stem in TIMED:
-        wait(runs.values())
-        said = run_notebook(path, tmp_path, cpu_count())
-    else:
-        said = runs[path].result()
-    assert not said, said
+@pytest.mark.parametrize("path", [pytest.param(p, marks=pytest.mark.alone) if p.stem in TIMED else p for p in OTHERS], ids=named)
+def test_notebook_runs_from_top_to_bottom(path, tmp_path):
+    command = [sys.executable, "-m", "papermill", path, tmp_path/path.name, "--cwd", REPO, "--no-progress-bar", "--execution-timeout", "600"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)}, timeout=1200)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr).splitlines()[-25:]
+    assert done.returncode == 0, "\n".join([f"exit status {done.returncode}", *said])
 
 
 def test_no_two_notebooks_export_the_same_module():
