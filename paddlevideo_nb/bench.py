@@ -125,24 +125,22 @@ def _hold(name, config, batch):
     network, tensors = _prepare(name, config, batch)
     _held.append(_runners(network, tensors, None, ["dynamic"])[0]["dynamic"])
 
-def _run_held(): return _held[0]()
-
-def _time_held():
+def _run_held():
     start = time.perf_counter()
-    _run_held()
-    return time.perf_counter() - start
+    found = _held[0]()
+    return time.perf_counter() - start, found
 
 class _Plain:
     "The dynamic graph in a process in which MKL is left alone: call it for the outputs. `stack` (an `ExitStack`) ends that process."
     def __init__(self, stack, name, config, batch):
         from paddlevideo_nb import bench  # where the other process finds what it shall run, which a notebook's cells it does not
-        self.pool, self.module = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), bench._hold, (name, config, batch))), bench
-        with environment(MKL_DEBUG_CPU_TYPE=""): self()
+        pool = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), bench._hold, (name, config, batch)))
+        self.run = lambda: pool.submit(bench._run_held).result()
+        with environment(MKL_DEBUG_CPU_TYPE=""): self.run()
 
-    def __call__(self): return self.pool.submit(self.module._run_held).result()
+    def __call__(self): return self.run()[1]
 
-    def seconds(self): return self.pool.submit(self.module._time_held).result()
-
+    def seconds(self): return self.run()[0]
 
 # %% ../nbs/system/bench.ipynb #d0538518
 def bench_network(name, config=None, batch=1, seconds=20.0, memory=True, paths=PATHS):
@@ -160,7 +158,6 @@ def bench_network(name, config=None, batch=1, seconds=20.0, memory=True, paths=P
     rows = [{**common, "path": path, "ms": 1000*float(np.median(t)), "clips_s": batch/float(np.median(t)), "mb": peak_memory(name, config, batch, path) if memory and path != "plain" else None,
              "ratio": median_ratio(times["dynamic"], t), "to_plain": median_ratio(plain, t), "difference": difference(outputs[path], outputs["dynamic"]), "rounds": len(t)} for path, t in times.items()]
     return rows + [{**common, "path": path, "failure": why} for path, why in failures.items()]
-
 
 # %% ../nbs/system/bench.ipynb #c59c16fa
 def gemm_peak(precision="fp32", size=2048, layers=6, seconds=1.5):

@@ -122,7 +122,6 @@ class _SplitUnit(nn.Layer):
         moved = shift(x[:, :self.moving], self.segments, 1.0 if self.online else 0.5, self.online)
         return F.relu(self.stay(x) + self.move(moved))
 
-
 # %% ../nbs/system/forms.ipynb #ad23617c
 class SplitTSM(nn.Layer):
     "A `TSM` with a `fraction` above 0, with copies of its weights, for inference: `maps`, `features` and `forward` give the same results."
@@ -145,7 +144,6 @@ class SplitTSM(nn.Layer):
     def features(self, image): return self._of("features", image)
 
     def forward(self, image): return self._of("forward", image)
-
 
 # %% ../nbs/system/forms.ipynb #d8dc9a06
 def inference_form(network, method="forward"):
