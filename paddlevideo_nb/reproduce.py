@@ -307,7 +307,7 @@ def _say(text):
 def _run_all(runs, parameters, jobs, timeout, ended):
     "Run `runs`, `jobs` at a time, calling `ended(run)` after each; whatever stops this loop, what still runs is killed."
     from tqdm import tqdm
-    waiting, running, threads = list(runs), {}, _threads(jobs)
+    waiting, running, threads = list(runs), {}, _threads(min(jobs, len(runs)))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
