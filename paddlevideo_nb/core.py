@@ -40,7 +40,7 @@ if _needs_avx2_hint(cpuinfo("vendor_id"), cpuinfo("flags").split()): os.environ.
 # %% ../nbs/foundations/core.ipynb #896ba747
 @contextlib.contextmanager
 def environment(**variables):
-    "Processes that are started within the block see these environment variables (strings); afterwards all is as it was."
+    "Within the block these environment variables (strings) are set, for processes started there too; afterwards all is as it was."
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try: yield
@@ -48,7 +48,6 @@ def environment(**variables):
         for name, value in before.items():
             if value is None: del os.environ[name]
             else: os.environ[name] = value
-
 
 # %% ../nbs/foundations/core.ipynb #0a0ade9b
 def import_paddle():

@@ -26,7 +26,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import numpy as np
 
-from .core import PvnbError, cache_dir, nearest, restricted_load
+from .core import PvnbError, cache_dir, environment, nearest, restricted_load
 from .datasets.kinetics import read_label_list
 from .zoo import fetch, read_metadata, save_weights
 
@@ -141,16 +141,10 @@ def find_archive(row, index, timeout=20):
     return found[0]
 
 # %% ../nbs/system/pretrained.ipynb #066a076e
-@contextlib.contextmanager
 def _certificates(settings):
-    "Trust the certificate bundle that pip was told to trust, for what `requests` does inside the block."
-    bundle, name = _told(settings, "cert"), "REQUESTS_CA_BUNDLE"
-    if not os.path.isfile(bundle) or os.environ.get(name):
-        yield
-        return
-    os.environ[name] = bundle
-    try: yield
-    finally: os.environ.pop(name, None)
+    "A context in which `requests` trusts the certificate bundle that pip was told to trust."
+    bundle = _told(settings, "cert")
+    return environment(REQUESTS_CA_BUNDLE=bundle) if os.path.isfile(bundle) and not os.environ.get("REQUESTS_CA_BUNDLE") else contextlib.nullcontext()
 
 def fetch_archive(row, progress=True):
     """Download the archive of a row of `PRETRAINED` into the cache, checked, and return its path. None of its code is run.
